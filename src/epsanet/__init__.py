@@ -1,0 +1,75 @@
+"""EPSANet: Pyramid Squeeze Attention networks (ACCV 2022) for timm, with training, evaluation and conversion.
+
+Importing this package is light: torch and timm are loaded by what needs them. The networks are in timm's registry
+as soon as both packages are imported, in either order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from epsanet.network.epsanet import EPSABasicBlock, EPSABlock, EPSANet
+    from epsanet.network.psa import PSA, SPC, SEWeight, fit_groups
+    from epsanet.network.replace import psa_replace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EPSABasicBlock": "epsanet.network.epsanet",
+    "EPSABlock": "epsanet.network.epsanet",
+    "EPSANet": "epsanet.network.epsanet",
+    "PSA": "epsanet.network.psa",
+    "SEWeight": "epsanet.network.psa",
+    "SPC": "epsanet.network.psa",
+    "fit_groups": "epsanet.network.psa",
+    "psa_replace": "epsanet.network.replace",
+}
+
+__all__ = ["PSA", "SPC", "EPSABasicBlock", "EPSABlock", "EPSANet", "SEWeight", "fit_groups", "psa_replace"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'epsanet' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
+    """Registers the networks the moment ``timm.models`` has been imported, without importing it now."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "timm.models":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            importlib.import_module("epsanet.network.epsanet")
+
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "timm.models" in sys.modules:
+    importlib.import_module("epsanet.network.epsanet")
+else:
+    sys.meta_path.insert(0, _RegisterAfterTimm())

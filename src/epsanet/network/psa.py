@@ -1,0 +1,348 @@
+"""The Pyramid Squeeze Attention module: SEWeight, SPC, PSA.
+
+Zhang, Zu, Lu, Zou, Meng, "EPSANet: An Efficient Pyramid Squeeze Attention Block on Convolutional Neural
+Network", ACCV 2022, arXiv:2105.14447, section 3. Two points where text and released code disagree are
+arguments here: ``spc`` (does a branch see the whole input or its own slice?) and ``groups``. Branches keep
+their natural order, smallest kernel first; the released code concatenates them the other way round
+(``epsanet.network.weights`` converts).
+
+Shape suffixes::
+
+    N  batch                         S  branches (scales)
+    C  channels of the input         D  channels of one branch, C' in the paper
+    H  height    W  width            K  channels of the output, S * D
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = [
+    "PSA",
+    "SPC",
+    "SEWeight",
+    "SPCMode",
+    "SoftmaxMode",
+    "fit_groups",
+    "psa_like",
+    "scale_attention",
+    "squeeze_excite_weight",
+]
+
+SPCMode = Literal["multiplex", "split"]
+SoftmaxMode = Literal["scales", "channels"]
+
+KERNEL_SIZES = (3, 5, 7, 9)
+GROUPS = (1, 4, 8, 16)
+REDUCTION = 16
+
+
+def squeeze_excite_weight(
+    pooled: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None
+) -> Tensor:
+    """The excitation ``sigmoid(W2 relu(W1 g + b1) + b2)`` of a squeezed feature map (section 3.1, equation 2).
+
+    Args:
+        pooled: averages over space, shape ``..., D``.
+        fc1_weight: shape ``hidden, D``.
+        fc1_bias: shape ``hidden``.
+        fc2_weight: shape ``D, hidden``.
+        fc2_bias: shape ``D``.
+
+    Returns:
+        One weight between 0 and 1 for each channel, shape ``..., D``.
+    """
+    return torch.sigmoid(F.linear(F.relu(F.linear(pooled, fc1_weight, fc1_bias)), fc2_weight, fc2_bias))
+
+
+def scale_attention(z_NSD: Tensor, softmax: SoftmaxMode = "scales") -> Tensor:
+    """Recalibrate the weights of all branches against each other (section 3.2, equation 8).
+
+    Args:
+        z_NSD: the SEWeight of each branch, shape ``N, S, D``.
+        softmax: ``"scales"`` compares the same channel of all branches, as the equation says; ``"channels"``
+            compares the channels inside each branch.
+
+    Returns:
+        Attention of shape ``N, S, D`` that sums to one over the scales, or over the channels of each branch.
+    """
+    return z_NSD.softmax(dim=1 if softmax == "scales" else 2)
+
+
+def fit_groups(
+    groups: Sequence[int], in_channels: int, out_channels: int, spc: SPCMode = "multiplex"
+) -> tuple[int, ...]:
+    """The groups that a narrow layer can hold: ``gcd(G, input channels of a branch, output channels of a branch)``.
+
+    This one rule serves every network of this package. It changes nothing where the published groups divide.
+
+    Args:
+        groups: the wanted groups, one count a branch.
+        in_channels: channels of the layer's input.
+        out_channels: channels of the layer's output, all branches together.
+        spc: whether a branch sees the whole input or its own slice.
+
+    Returns:
+        One count a branch, each a divisor of the wanted one.
+    """
+    branches = len(groups)
+    seen = in_channels if spc == "multiplex" else in_channels // branches
+    return tuple(math.gcd(count, seen, out_channels // branches) for count in groups)
+
+
+class SEWeight(nn.Module):
+    """Squeeze-and-excitation weight without its final product (section 3.1).
+
+    ``Z = sigmoid(W2 relu(W1 gap(F) + b1) + b2)``; the hidden width is ``channels / reduction``, at least 1. The
+    two maps are 1×1 convolutions with a bias, named ``fc1`` and ``fc2`` as in the released code.
+
+    Args:
+        channels: D, the channels of the feature map.
+        reduction: divides ``channels`` to give the hidden width.
+
+    Raises:
+        ValueError: when a count is below 1.
+    """
+
+    def __init__(self, channels: int, reduction: int = REDUCTION, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        _check_positive(channels=channels, reduction=reduction)
+        hidden = max(1, channels // reduction)
+        self.fc1 = nn.Conv2d(channels, hidden, 1, device=device, dtype=dtype)
+        self.fc2 = nn.Conv2d(hidden, channels, 1, device=device, dtype=dtype)
+
+    def excite(self, pooled: Tensor) -> Tensor:
+        """The weight of already averaged features, shape ``..., D`` to ``..., D``."""
+        return squeeze_excite_weight(
+            pooled, self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weights of shape ``N, D, 1, 1`` for features of shape ``N, D, H, W``."""
+        return self.excite(x.mean((-2, -1)))[..., None, None]
+
+
+class SPC(nn.Module):
+    """Squeeze and Concat: one bias-free convolution a scale (section 3.2, equations 3 to 5).
+
+    With ``spc="multiplex"`` every branch convolves the whole input and squeezes it to ``out_channels / S``; with
+    ``spc="split"`` branch ``i`` sees only its own ``in_channels / S`` channels, as the first version of the paper
+    has it and as the published cost of the Large networks needs.
+
+    Args:
+        in_channels: C.
+        out_channels: K, divisible by the number of branches.
+        kernel_sizes: odd kernel of each branch.
+        groups: groups of each branch; each must divide the branch's input and output channels.
+        stride: of every branch.
+        dilation: of every branch; the padding keeps the size.
+        spc: ``"multiplex"`` or ``"split"``.
+
+    Raises:
+        ValueError: for a layer that cannot be built; the message names the values and the nearest that work.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_sizes: Sequence[int] = KERNEL_SIZES,
+        groups: Sequence[int] = GROUPS,
+        stride: int = 1,
+        dilation: int = 1,
+        spc: SPCMode = "multiplex",
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_spc(in_channels, out_channels, kernel_sizes, groups, stride, dilation, spc)
+        branches = len(kernel_sizes)
+        self.mode = spc
+        self.branches = nn.ModuleList(
+            nn.Conv2d(
+                in_channels if spc == "multiplex" else in_channels // branches,
+                out_channels // branches,
+                kernel_size,
+                stride=stride,
+                padding=dilation * (kernel_size - 1) // 2,
+                dilation=dilation,
+                groups=group_count,
+                bias=False,
+                device=device,
+                dtype=dtype,
+            )
+            for kernel_size, group_count in zip(kernel_sizes, groups, strict=True)
+        )
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Multi-scale features, shape ``N, C, H, W`` to ``N, S, D, H', W'``."""
+        branches = len(self.branches)
+        inputs = x_NCHW.chunk(branches, dim=1) if self.mode == "split" else (x_NCHW,) * branches
+        feats = [branch(part) for branch, part in zip(self.branches, inputs, strict=True)]
+        return torch.cat(feats, dim=1).unflatten(1, (branches, -1))
+
+    def extra_repr(self) -> str:
+        return f"spc={self.mode!r}"
+
+
+class PSA(nn.Module):
+    """Pyramid Squeeze Attention (section 3.2): weigh each scale's features against the other scales'.
+
+    ``F = SPC(X)``, ``Z_i = SEWeight(F_i)`` with one SEWeight for all branches, ``att = softmax(Z)`` and
+    ``Y_i = F_i * att_i``; the output is the concatenation of the ``Y_i``, not their sum. It takes the place of a
+    k×k convolution of the same stride.
+
+    Args:
+        in_channels: C.
+        out_channels: K; ``in_channels`` when left out.
+        kernel_sizes: odd kernel of each branch.
+        groups: groups of each branch.
+        stride: of every branch.
+        dilation: of every branch.
+        spc: ``"multiplex"`` (every branch sees the whole input) or ``"split"`` (its own slice).
+        softmax: ``"scales"`` (the paper's equation 8) or ``"channels"``.
+        reduction: of the SEWeight.
+
+    Raises:
+        ValueError: for a module that cannot be built; the message names the values and the nearest that work.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        kernel_sizes: Sequence[int] = KERNEL_SIZES,
+        groups: Sequence[int] = GROUPS,
+        stride: int = 1,
+        dilation: int = 1,
+        spc: SPCMode = "multiplex",
+        softmax: SoftmaxMode = "scales",
+        reduction: int = REDUCTION,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        _check_choice("softmax", softmax, get_args(SoftmaxMode))
+        self.softmax = softmax
+        self.spc = SPC(
+            in_channels, out_channels, kernel_sizes, groups, stride, dilation, spc, device=device, dtype=dtype
+        )
+        self.se = SEWeight(out_channels // len(kernel_sizes), reduction, device=device, dtype=dtype)
+
+    def attention(self, feats_NSDHW: Tensor) -> Tensor:
+        """How much each channel of each scale counts, shape ``N, S, D``."""
+        return scale_attention(self.se.excite(feats_NSDHW.mean((-2, -1))), self.softmax)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Shape ``N, C, H, W`` to ``N, K, H', W'``."""
+        feats_NSDHW = self.spc(x_NCHW)
+        return (feats_NSDHW * self.attention(feats_NSDHW)[..., None, None]).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"softmax={self.softmax!r}"
+
+
+def psa_like(
+    conv: nn.Conv2d,
+    kernel_sizes: Sequence[int] = KERNEL_SIZES,
+    groups: Sequence[int] = GROUPS,
+    spc: SPCMode = "multiplex",
+    softmax: SoftmaxMode = "scales",
+    reduction: int = REDUCTION,
+) -> PSA:
+    """A new PSA module with the channels, stride, dilation, device and type of a convolution.
+
+    A branch takes the larger of its own group count and the convolution's, as far as ``fit_groups`` allows, so that
+    a grouped network stays about as cheap as it was.
+
+    Args:
+        conv: a convolution whose padding keeps the size; its kernel size and bias are not looked at.
+        kernel_sizes: odd kernel of each branch.
+        groups: wanted groups of each branch.
+        spc: ``"multiplex"`` or ``"split"``.
+        softmax: ``"scales"`` or ``"channels"``.
+        reduction: of the SEWeight.
+
+    Raises:
+        ValueError: when no such module can be built.
+    """
+    wanted = [max(count, conv.groups) for count in groups]
+    return PSA(
+        conv.in_channels,
+        conv.out_channels,
+        kernel_sizes,
+        fit_groups(wanted, conv.in_channels, conv.out_channels, spc),
+        conv.stride[0],
+        conv.dilation[0],
+        spc,
+        softmax,
+        reduction,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is impossible; use 1 or more")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; use {' or '.join(map(repr, choices))}")
+
+
+def _check_spc(
+    in_channels: int,
+    out_channels: int,
+    kernel_sizes: Sequence[int],
+    groups: Sequence[int],
+    stride: int,
+    dilation: int,
+    spc: str,
+) -> None:
+    _check_choice("spc", spc, get_args(SPCMode))
+    _check_positive(in_channels=in_channels, out_channels=out_channels, stride=stride, dilation=dilation)
+    branches = len(kernel_sizes)
+    if branches == 0:
+        raise ValueError(f"kernel_sizes is empty; name at least one kernel, for example {KERNEL_SIZES}")
+    if len(groups) != branches:
+        raise ValueError(
+            f"kernel_sizes={tuple(kernel_sizes)} has {branches} branches but groups={tuple(groups)} has {len(groups)}; "
+            f"give one group count a branch, for example groups={tuple((*groups, *(1,) * branches)[:branches])}"
+        )
+    for kernel_size in kernel_sizes:
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            near = f"{kernel_size - 1} or {kernel_size + 1}" if kernel_size > 1 else "1 or 3"
+            raise ValueError(f"kernel size {kernel_size} in kernel_sizes={tuple(kernel_sizes)} is not odd; use {near}")
+    names = ("out_channels",) if spc == "multiplex" else ("out_channels", "in_channels")
+    for name, channels in zip(names, (out_channels, in_channels), strict=False):
+        if channels % branches:
+            below = channels - channels % branches
+            near = f"{below} or {below + branches}" if below else f"{branches}"
+            raise ValueError(f"{name}={channels} is not divisible by {branches} branches; use {near}")
+    seen, made = in_channels if spc == "multiplex" else in_channels // branches, out_channels // branches
+    for kernel_size, count in zip(kernel_sizes, groups, strict=True):
+        if count < 1 or seen % count or made % count:
+            common = math.gcd(seen, made)
+            divisors = [divisor for divisor in range(1, common + 1) if common % divisor == 0]
+            near = sorted(
+                {
+                    max((d for d in divisors if d <= count), default=1),
+                    min((d for d in divisors if d >= count), default=common),
+                }
+            )
+            raise ValueError(
+                f"groups={count} of the {kernel_size}×{kernel_size} branch does not divide both the {seen} channels it "
+                f"sees and the {made} it makes; use {' or '.join(map(str, near))}, or fit_groups()"
+            )
