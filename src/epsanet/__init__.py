@@ -51,7 +51,10 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
     """Registers the networks the moment ``timm.models`` has been imported, without importing it now."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002
+        target: ModuleType | None = None,  # noqa: ARG002
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "timm.models":
             return None

@@ -38,6 +38,8 @@ class EPSABlock(Bottleneck):
         ValueError: for a PSA module that cannot be built.
     """
 
+    conv2: Any
+
     def __init__(
         self,
         *args: Any,
@@ -58,6 +60,9 @@ class EPSABasicBlock(BasicBlock):
     Not in the paper; users of the released code ask for it. Arguments and errors are those of ``EPSABlock``, over
     timm's ``BasicBlock``.
     """
+
+    conv1: Any
+    conv2: Any
 
     def __init__(
         self,
@@ -92,6 +97,8 @@ class EPSANet(ResNet):
     Raises:
         ValueError: for an impossible stride, stem or PSA module.
     """
+
+    conv1: Any
 
     def __init__(
         self,

@@ -323,14 +323,14 @@ def _check_spc(
         )
     for kernel_size in kernel_sizes:
         if kernel_size < 1 or kernel_size % 2 == 0:
-            near = f"{kernel_size - 1} or {kernel_size + 1}" if kernel_size > 1 else "1 or 3"
-            raise ValueError(f"kernel size {kernel_size} in kernel_sizes={tuple(kernel_sizes)} is not odd; use {near}")
+            odd = f"{kernel_size - 1} or {kernel_size + 1}" if kernel_size > 1 else "1 or 3"
+            raise ValueError(f"kernel size {kernel_size} in kernel_sizes={tuple(kernel_sizes)} is not odd; use {odd}")
     names = ("out_channels",) if spc == "multiplex" else ("out_channels", "in_channels")
     for name, channels in zip(names, (out_channels, in_channels), strict=False):
         if channels % branches:
             below = channels - channels % branches
-            near = f"{below} or {below + branches}" if below else f"{branches}"
-            raise ValueError(f"{name}={channels} is not divisible by {branches} branches; use {near}")
+            multiples = f"{below} or {below + branches}" if below else f"{branches}"
+            raise ValueError(f"{name}={channels} is not divisible by {branches} branches; use {multiples}")
     seen, made = in_channels if spc == "multiplex" else in_channels // branches, out_channels // branches
     for kernel_size, count in zip(kernel_sizes, groups, strict=True):
         if count < 1 or seen % count or made % count:
