@@ -90,7 +90,11 @@ def fit_groups(
 
     Returns:
         One count a branch, each a divisor of the wanted one.
+
+    Raises:
+        ValueError: when there is no group count, or one below 1.
     """
+    _check_groups(groups)
     branches = len(groups)
     seen = in_channels if spc == "multiplex" else in_channels // branches
     return tuple(math.gcd(count, seen, out_channels // branches) for count in groups)
@@ -275,6 +279,7 @@ def psa_like(
     Raises:
         ValueError: when no such module can be built.
     """
+    _check_groups(groups)
     wanted = [max(count, conv.groups) for count in groups]
     return PSA(
         conv.in_channels,
@@ -295,6 +300,11 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}={value} is impossible; use 1 or more")
+
+
+def _check_groups(groups: Sequence[int]) -> None:
+    if not groups or min(groups) < 1:
+        raise ValueError(f"groups={tuple(groups)} is impossible; use 1 or more for each branch, for example {GROUPS}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
