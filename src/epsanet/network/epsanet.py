@@ -193,7 +193,7 @@ def _create_epsanet(variant: str, pretrained: bool, kwargs: dict[str, Any], **va
                 "a checkpoint of the released code (epsanet convert), or name a model folder: "
                 "timm.create_model('local-dir:FOLDER', pretrained=True)"
             )
-    return build_model_with_cfg(EPSANet, variant, pretrained, feature_cfg={"flatten_sequential": True}, **model_args)
+    return build_model_with_cfg(EPSANet, variant, pretrained, **model_args)
 
 
 # Table 2 gives the Large networks twice the width of Small and the same block outputs. Their published cost is met
