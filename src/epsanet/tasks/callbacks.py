@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 import numpy as np
@@ -189,11 +189,16 @@ class GracefulStop(Callback):
         # After the last batch of an epoch comes its validation; the stop waits for it and for the epoch's checkpoint.
         if self.asked and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             trainer.save_checkpoint(self.checkpoint)
-            raise TrainingInterrupted
+            self._stop(f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}")
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         if self.asked:
-            raise TrainingInterrupted
+            self._stop(f"the end of epoch {trainer.current_epoch}")
+
+    def _stop(self, place: str) -> NoReturn:
+        run = self.checkpoint.parents[1]
+        run = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+        raise TrainingInterrupted(f"stopped at {place} and saved; go on with: epsanet train --resume {run}")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self._restore()

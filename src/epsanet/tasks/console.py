@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -10,7 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["console", "duration", "messages", "progress_bar", "track"]
 
-console = Console(soft_wrap=True, highlight=False)
+_PLAIN_WIDTH = 160
+"""Characters of a line where there is no terminal to ask."""
+
+console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 """Results."""
 messages = Console(stderr=True, soft_wrap=True, highlight=False)
 """Progress, warnings and errors."""

@@ -33,6 +33,7 @@ from epsanet.tasks.callbacks import (
     Reporter,
     TrainingInterrupted,
 )
+from epsanet.tasks.card import model_card
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.console import console, duration, messages, track
@@ -309,7 +310,18 @@ def _finish(run: _Run, history: History) -> TrainResult:
     save_confusion_matrix(run.folder / "confusion_matrix.png", evaluation, f"{split} split of {run.splits.name}")
     folder = run.folder / "model"
     run.model.to(device="cpu", memory_format=torch.contiguous_format)
-    card = _model_card(run, split, evaluation, best["epoch"] + 1, history.seconds)
+    hardware = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor_name()
+    card = model_card(
+        config=run.config,
+        parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+        class_names=run.splits.class_names,
+        input_size=run.data_config["input_size"],
+        split=split,
+        evaluation=evaluation,
+        epoch=best["epoch"] + 1,
+        seconds=history.seconds,
+        hardware=hardware,
+    )
     save_model(folder, run.model, run.splits.class_names, run.data_config, card)
     load_model(folder)  # what was written can be read
     console.print(f"\n[bold]{split}[/] {evaluation} with the best checkpoint, of epoch {best['epoch'] + 1}")
@@ -319,55 +331,6 @@ def _finish(run: _Run, history: History) -> TrainResult:
     console.print(f"predict   epsanet predict {_shown(folder)} IMAGES")
     console.print(f"resume    epsanet train --resume {_shown(run.folder)}")
     return TrainResult(run=run.folder, model=folder, split=split, evaluation=evaluation)
-
-
-def _model_card(run: _Run, split: str, evaluation: Evaluation, epoch: int, seconds: float) -> str:
-    config, names, (low, high) = run.config, run.splits.class_names, evaluation.interval
-    optimizer, schedule = config.optimizer, config.schedule
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    _, height, width = run.data_config["input_size"]
-    hardware = f"{torch.get_num_threads()} threads of a CPU ({processor_name()})"
-    if run.device.type == "cuda":
-        hardware = torch.cuda.get_device_name(run.device)
-    role = "it had no part in training" if split == "test" else "it also chose the checkpoint"
-    return f"""---
-library_name: timm
-pipeline_tag: image-classification
-tags:
-- image-classification
-- timm
-- epsanet
----
-# {config.model} trained on {Path(run.splits.name).name}
-
-{config.model}, {parameters:,} parameters, for images of {height}×{width} pixels and {len(names)} classes:
-{", ".join(names[:20])}{", …" if len(names) > 20 else ""}.
-
-| split | images | top-1 [%] | 95 % interval | top-5 [%] | loss |
-|---|---|---|---|---|---|
-| {split} | {evaluation.images:,} | {evaluation.top1:.2f} | {low:.2f} to {high:.2f} | {evaluation.top5:.2f} | {evaluation.loss:.4f} |
-
-The weights are those of epoch {epoch} of {schedule.epochs}, the best on the validation split. The result is on the {split}
-split; {role}.
-
-## Use
-
-```python
-import epsanet, timm
-
-model = timm.create_model("local-dir:.", pretrained=True).eval()
-```
-
-`epsanet predict . IMAGES` prints class names; the preprocessing is in `config.json`.
-
-## Training
-
-{optimizer.opt}, learning rate {optimizer.lr:g} ({schedule.sched}), weight decay {optimizer.weight_decay:g},
-batch {config.data.batch_size}, label smoothing {config.label_smoothing:g}, seed {config.seed}, precision {config.precision};
-{duration(seconds)} on {hardware}, torch {torch.__version__}, {time.strftime("%Y-%m-%d")}.
-
-EPSANet is by Zhang, Zu, Lu, Zou and Meng, ACCV 2022, arXiv:2105.14447.
-"""
 
 
 @contextlib.contextmanager
