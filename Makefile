@@ -2,10 +2,14 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
+# What the demo trains on: make demo RECIPE=folder DATA=path/to/images
+RECIPE ?= digits
+DATA ?= digits
+
 .PHONY: help demo test lint bench docs clean
 
 help:
-	@echo "make demo   train, evaluate and predict on the handwritten digits that are included"
+	@echo "make demo   train and evaluate on the handwritten digits that are included"
 	@echo "make test   the test suite"
 	@echo "make lint   formatting, lint rules, types"
 	@echo "make docs   the documentation, into site/"
@@ -18,7 +22,9 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m epsanet.demo
+	rm -rf runs/demo
+	$(BIN)/epsanet train $(RECIPE) --data $(DATA) --output runs/demo
+	$(BIN)/epsanet evaluate runs/demo/model --data $(DATA)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
