@@ -98,7 +98,7 @@ def circle(sources: dict[str, tuple[str, bool]]) -> list[str]:
             continue  # imports by name, when asked
         for target in imported(source, module, package=package):
             while target not in sources:
-                target = target.rpartition(".")[0]  # noqa: PLW2901
+                target = target.rpartition(".")[0]
             if target != module:
                 graph[module].add(target)
     try:
