@@ -94,9 +94,12 @@ def psa_replace(
         What was replaced, what was left, and why.
 
     Raises:
-        ValueError: when ``select`` matches no k×k convolution at all.
+        ValueError: when ``select`` matches no k×k convolution at all, or no PSA module can have these options.
     """
     chosen = _as_predicate(select)
+    # A wrong option raises here, on the smallest layer; what is caught below is then a matter of one layer's channels.
+    narrowest = max(1, len(kernel_sizes))
+    psa_like(nn.Conv2d(narrowest, narrowest, 1, device="meta"), kernel_sizes, groups, spc, softmax, reduction)
     rows = []
     convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     for name, conv in convolutions:
@@ -110,6 +113,7 @@ def psa_replace(
             try:
                 new = psa_like(conv, kernel_sizes, groups, spc, softmax, reduction)
                 _initialise(new)
+                new.train(conv.training)
                 model.set_submodule(name, new)
                 counts = "-".join(str(branch.groups) for branch in new.spc.branches)
                 note = f"{conv.in_channels} → {conv.out_channels}, stride {conv.stride[0]}, groups {counts}"
@@ -145,8 +149,8 @@ def _why_left(conv: nn.Conv2d, branches: int) -> str:
     if any(size % 2 == 0 for size in kernel):
         return f"kernel {kernel} is even"
     keeps_size = tuple(step * (size - 1) // 2 for size, step in zip(kernel, dilation, strict=True))
-    if type(conv) is not nn.Conv2d or tuple(conv.padding) != keeps_size:
-        return f"pads by {conv.padding} in a {type(conv).__name__}, not by {keeps_size}"
+    if type(conv) is not nn.Conv2d or tuple(conv.padding) != keeps_size or conv.padding_mode != "zeros":
+        return f"pads by {conv.padding} ({conv.padding_mode}) in a {type(conv).__name__}, not by {keeps_size} (zeros)"
     return ""
 
 
