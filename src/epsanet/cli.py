@@ -247,7 +247,9 @@ def _predict(values: dict[str, Any]) -> int:
         failed += bool(row.error)
         cells = [f"{name} {value:.1%}" for name, value in zip(row.classes, row.probabilities, strict=True)]
         if output is None:
-            table.add_row(row.image, *([f"[red]{row.error}[/]"] if row.error else cells))
+            table.add_row(
+                f"{row.image}\n  {row.error}" if row.error else row.image, *cells, style="red" if row.error else ""
+            )
     if output is None:
         console.print(table)
     else:

@@ -79,7 +79,7 @@ def check_images(
             return read_image(source).size
         except ImageError as error:
             return str(error)
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"damaged: {error}"
 
     good, sizes, bad = [], [], {}

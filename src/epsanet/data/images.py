@@ -46,10 +46,12 @@ def read_image(source: Path | BinaryIO | Image.Image) -> Image.Image:
         ImageError: when it cannot be read, decoded, or has too many pixels.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError(f"{image.width}×{image.height} pixels are more than the limit of {MAX_PIXELS:,}")
-        image.load()
+        # A file is closed here, also one that is damaged or has more frames to read.
+        opened = contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source)
+        with opened as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{image.width}×{image.height} pixels are more than the limit of {MAX_PIXELS:,}")
+            image.load()
     except FileNotFoundError as error:
         raise ImageError("no such file") from error
     except PermissionError as error:
@@ -68,7 +70,7 @@ def read_image(source: Path | BinaryIO | Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)

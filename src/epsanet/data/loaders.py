@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import random
+import signal
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -205,6 +206,12 @@ def worker_count(config: DataConfig) -> int:
     return 0 if config.source == "digits" else min(os.cpu_count() or 1, 8)
 
 
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """Ctrl-C and SIGTERM reach a whole process group; a worker that died of them would take the last step along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class _StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
     """timm's iterable data set with positions, so that its batches look like the others."""
 
@@ -230,7 +237,12 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
     """
     transform = train_transform(config, data_config)
     workers = worker_count(config)
-    common: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    common: dict[str, Any] = {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "worker_init_fn": _leave_signals_to_the_main_process,
+        "generator": torch.Generator().manual_seed(seed),  # else each epoch would draw from torch's own
+    }
     if isinstance(samples, Stream):
         dataset = samples.dataset(is_training=True, batch_size=config.batch_size, seed=seed, transform=transform)
         dataset.set_loader_cfg(num_workers=workers)
@@ -256,4 +268,10 @@ def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config
         dataset = _StreamDataset(stream)
     else:
         dataset = ImageDataset(samples, transform)
-    return DataLoader(dataset, batch_size=config.batch_size, num_workers=workers)
+    return DataLoader(
+        dataset,
+        batch_size=config.batch_size,
+        num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        generator=torch.Generator(),
+    )

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from epsanet.data.config import DataConfig
-from epsanet.data.images import IMAGE_SUFFIXES
+from epsanet.data.images import IMAGE_SUFFIXES, read_image
 
 __all__ = ["DataSplits", "Samples", "Stream", "Subset", "match_classes", "open_data", "require"]
 
@@ -148,15 +148,22 @@ class HuggingFaceSamples(Samples):
             config.image_key, datasets.Image(decode=False)
         )
         values = dataset[config.label_key][:]
-        names = class_names or getattr(dataset.features[config.label_key], "names", None)
-        if names is None:
-            names = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-            values = [names.index(value) for value in values]
-        self.class_names = [str(name) for name in names]
+        if any(value is None for value in values):
+            raise ValueError(f"{name} has images without a label in column {config.label_key!r}; remove them")
+        named: list[Any] | None = getattr(dataset.features[config.label_key], "names", None)
+        if named is None and (class_names is None or any(isinstance(value, str) for value in values)):
+            named = sorted(set(values))
+            places = {value: place for place, value in enumerate(named)}
+            values = [places[value] for value in values]
+            if class_names is not None:  # the column has names, the file says their order
+                order, _ = match_classes([str(value) for value in named], class_names)
+                values, named = [order[value] for value in values], class_names
+        self.class_names = [str(value) for value in (class_names or named or ())]
         self.labels = np.asarray(values, dtype=np.int64)
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
             raise ValueError(
                 f"{name} has labels from {self.labels.min()} to {self.labels.max()} for {len(self.class_names)} classes"
+                "; a label is the place of its name, from 0 on"
             )
 
     def open(self, position: int) -> Path | BinaryIO:
@@ -167,6 +174,16 @@ class HuggingFaceSamples(Samples):
 
     def name(self, position: int) -> str:
         return f"{self._name}[{position}]"
+
+
+class _ReadThen:
+    """``read_image`` before a transform; a class, because loader processes may have to pickle it."""
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> Any:
+        return self.transform(read_image(image))
 
 
 @dataclass(kw_only=True)
@@ -191,8 +208,9 @@ class Stream:
             is_training=is_training,
             batch_size=batch_size,
             seed=seed,
+            input_img_mode="",  # left to read_image, as for every other data set
         )
-        dataset.transform = transform
+        dataset.transform = None if transform is None else _ReadThen(transform)
         return dataset
 
     def __len__(self) -> int:
@@ -238,13 +256,19 @@ def open_data(config: DataConfig) -> DataSplits:
         ValueError: when there is no such data set, a library for it is missing, or classes do not match.
     """
     found, notes = _open_splits(config)
-    train = _first(found, (config.train_split, *TRAIN_NAMES))
+    usual_train = TRAIN_NAMES if config.train_split in TRAIN_NAMES else ()
+    train = _first(found, (config.train_split, *usual_train))
     val = _first(found, (config.val_split,) if config.val_split else VAL_NAMES)
     test = _first(found, (config.test_split,) if config.test_split else TEST_NAMES)
-    if config.val_split and val is None:
-        raise ValueError(f"{config.source} has no split {config.val_split!r} but {', '.join(found)}")
+    for flag, split in (("val_split", val), ("test_split", test)):
+        if split is None and getattr(config, flag) is not None:
+            raise ValueError(
+                f"{config.source} has no split {getattr(config, flag)!r} but {', '.join(found)}; correct --data.{flag}"
+            )
+    if test is val:
+        test = None  # what the best epoch is chosen by is no test
     if train is None:
-        if len(found) != 1 or val is not None or test is not None:
+        if len(found) != 1 or val is not None or test is not None or not usual_train:
             raise ValueError(
                 f"{config.source} has no split to train on ({config.train_split}), only {', '.join(found)}; "
                 "name it with --data.train_split"
@@ -272,6 +296,7 @@ def open_split(
     Args:
         config: its ``source`` and the fields about splits.
         split: train, val, test, or another name of the data set; test if there is one, else val, when left out.
+            Where there is no validation split, val is the share of the training images that ``open_data`` sets aside.
         class_names: of the network.
 
     Returns:
@@ -285,6 +310,15 @@ def open_split(
         named = {"test": config.test_split, "val": config.val_split}
         wanted = [name for name in (named["test"], *TEST_NAMES, named["val"], *VAL_NAMES) if name in found]
         split = wanted[0] if wanted else next(iter(found)) if len(found) == 1 else ""
+        if len(found) == 1:
+            notes.append(
+                f"{config.source} has one split: all its images are counted, also those that a network was trained on; "
+                "--split val takes those that training sets aside"
+            )
+    if split in VAL_NAMES and config.val_split is None and not any(name in found for name in VAL_NAMES):
+        train = _first(found, (config.train_split, *TRAIN_NAMES, *(found if len(found) == 1 else ())))
+        if train is not None and not isinstance(train, Stream):
+            found[split] = _split_off(train, config.val_fraction, config.source)[1]
     for names in (TRAIN_NAMES, VAL_NAMES, TEST_NAMES):
         if split in names and split not in found:
             split = next((name for name in names if name in found), split)
@@ -445,7 +479,12 @@ def _open_hugging_face(
     except (OSError, ValueError, RuntimeError) as error:  # datasets' own errors derive from these
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{source} cannot be read: {first}") from error
-    return {split: HuggingFaceSamples(f"{source}:{split}", dataset, config, names) for split, dataset in found.items()}
+    # Benchmarks publish test images with -1 for a label that they keep to themselves.
+    return {
+        split: HuggingFaceSamples(f"{source}:{split}", dataset, config, names)
+        for split, dataset in found.items()
+        if not (config.label_key in dataset.column_names and set(dataset[config.label_key][:]) == {-1})
+    }
 
 
 def _open_shards(folder: str, config: DataConfig, names: list[str] | None) -> dict[str, Samples | Stream]:

@@ -14,9 +14,9 @@ __all__ = ["console", "duration", "messages", "progress_bar", "track"]
 _PLAIN_WIDTH = 160
 """Characters of a line where there is no terminal to ask."""
 
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+console = Console(soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 """Results."""
-messages = Console(stderr=True, soft_wrap=True, highlight=False)
+messages = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 """Progress, warnings and errors."""
 
 T = TypeVar("T")

@@ -22,7 +22,14 @@ from timm.data import resolve_data_config
 
 from epsanet._files import atomic_file
 from epsanet.data.check import CheckReport, check_images
-from epsanet.data.loaders import TrainLoader, evaluation_loader, train_loader, worker_count
+from epsanet.data.loaders import (
+    TrainLoader,
+    evaluation_loader,
+    evaluation_transform,
+    train_loader,
+    train_transform,
+    worker_count,
+)
 from epsanet.data.sources import DataSplits, Stream, open_data
 from epsanet.network.weights import create_model, load_model, save_model
 from epsanet.tasks.callbacks import (
@@ -134,6 +141,8 @@ def _prepare(config: TrainConfig, resume: Path | None) -> _Run:
             f"{config.model} was given num_classes={model.num_classes} for {len(splits.class_names)} classes"
         )
     data_config = _resolve_data_config(config, model)
+    Classifier(model, splits.class_names, config).configure_optimizers()  # says what timm does not have
+    _build_transforms(config, data_config)
     reports = _check(splits, config)
     return _Run(
         config=config,
@@ -174,6 +183,15 @@ def _resolve_data_config(config: TrainConfig, model: Any) -> dict[str, Any]:
     return resolve_data_config({key: value for key, value in wanted.items() if value is not None}, model=model)
 
 
+def _build_transforms(config: TrainConfig, data_config: dict[str, Any]) -> None:
+    try:
+        train_transform(config.data, data_config)
+        evaluation_transform(data_config)
+    except (AssertionError, KeyError, ValueError) as error:
+        wanted = f"auto_augment={config.data.auto_augment!r}, interpolation={data_config['interpolation']!r}"
+        raise ValueError(f"timm cannot build the augmentation of {wanted}: {error!r}") from error
+
+
 def _check(splits: DataSplits, config: TrainConfig) -> list[CheckReport]:
     """Check every split in place; streams are read only when trained on."""
     reports = []
@@ -191,7 +209,7 @@ def _check(splits: DataSplits, config: TrainConfig) -> list[CheckReport]:
         setattr(splits, title, kept)
         reports.append(report)
         for name, reason in report.bad.items():
-            messages.print(f"[yellow]skipped[/] {name}: {reason}")
+            messages.print(f"skipped {name}: {reason}", style="yellow")
     return reports
 
 
@@ -324,7 +342,7 @@ def _finish(run: _Run, history: History) -> TrainResult:
     )
     save_model(folder, run.model, run.splits.class_names, run.data_config, card)
     load_model(folder)  # what was written can be read
-    console.print(f"\n[bold]{split}[/] {evaluation} with the best checkpoint, of epoch {best['epoch'] + 1}")
+    console.print(f"\n{split} {evaluation} with the best checkpoint, of epoch {best['epoch'] + 1}", style="bold")
     console.print(f"training took {duration(history.seconds)}; the model is in {_shown(folder)}\n")
     source = run.config.data.source
     console.print(f"evaluate  epsanet evaluate {_shown(folder)} --data {source}")
