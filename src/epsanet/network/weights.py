@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,12 +183,18 @@ def _with_names(model: Any, source: str) -> LoadedModel:
         names = [names[key] for key in sorted(names, key=int)]
     if names is None:
         names = _default_names(model.num_classes)
+    if not isinstance(names, list | tuple):
+        raise ValueError(f"{source} has label_names that are no list of names; correct it in {CONFIG_NAME}")
     if len(names) != model.num_classes:
         raise ValueError(
             f"{source} has {model.num_classes} outputs but names {len(names)} classes; "
             f"correct label_names in {CONFIG_NAME}"
         )
-    return LoadedModel(model=model.eval(), class_names=list(names), data_config=resolve_model_data_config(model))
+    data_config = resolve_model_data_config(model)
+    for key in ("input_size", "mean", "std"):
+        if not all(isinstance(number, int | float) for number in data_config[key]):
+            raise ValueError(f"{source} has {key}={data_config[key]!r}, not numbers; correct it in {CONFIG_NAME}")
+    return LoadedModel(model=model.eval(), class_names=list(names), data_config=data_config)
 
 
 def _default_names(num_classes: int) -> list[str]:
@@ -214,9 +221,9 @@ def _exchange(state_dict: dict[str, Tensor], branch: re.Pattern[str], rename: st
         match = branch.fullmatch(name)
         if match:
             result[rename.format(match[1], int(match[2]) + offset)] = tensor
-        elif _AFTER_PSA.fullmatch(name):
+        elif _AFTER_PSA.fullmatch(name) and tensor.ndim == 1:
             result[name] = _flip_scales(tensor, 0)
-        elif re.fullmatch(r"layer\d\.\d+\.conv3\.weight", name):
+        elif re.fullmatch(r"layer\d\.\d+\.conv3\.weight", name) and tensor.ndim == 4:
             result[name] = _flip_scales(tensor, 1)
         else:
             result[name] = tensor
@@ -254,8 +261,12 @@ def load_released(path: str | Path) -> LoadedModel:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about unusual pickles; what matters comes as an error
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if not re.search("global|reduce|class", str(error), re.IGNORECASE):
+            raise ValueError(f"{path} is no checkpoint that torch can read: it is no pickle of torch.save") from error
         # torch's own message advises to switch the check off; it is not repeated.
         raise ValueError(
             f"{path} is refused: it holds more than tensors and plain values, so loading it could run code; "
@@ -264,7 +275,11 @@ def load_released(path: str | Path) -> LoadedModel:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is no checkpoint that torch can read: {_first_line(error)}") from error
     found = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()) or not found:
+    if not (
+        isinstance(found, dict)
+        and found
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+    ):
         raise ValueError(f"{path} holds no state_dict; a checkpoint of the released EPSANet code has one")
     state_dict = from_released(found)
     variant, num_classes = _recognise(state_dict, path)
@@ -273,22 +288,25 @@ def load_released(path: str | Path) -> LoadedModel:
     return _with_names(model, str(path))
 
 
-def _recognise(state_dict: dict[str, Tensor], path: Path) -> tuple[str, int]:
-    """The variant whose tensors have these names and shapes, the head and the image channels left open."""
+def _recognise(state_dict: dict[str, Tensor], source: str | Path) -> tuple[str, int]:
+    """The variant whose tensors have these names and shapes, the numbers of classes and image channels left open."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if not any(_OUR_BRANCH.fullmatch(name) for name in shapes) or "fc.weight" not in shapes:
-        raise ValueError(f"{path} holds another network: no EPSANet of the released code (conv2.conv_1 … conv_4, fc)")
-    free = {"fc.weight", "fc.bias", "conv1.weight"}
+        raise ValueError(f"{source} holds another network: no EPSANet of the released code (conv2.conv_1 … conv_4, fc)")
+    num_classes = shapes["fc.weight"][0] if shapes["fc.weight"] else 0
+    in_chans = shapes.get("conv1.weight", ())[1:2]
     nearest, fewest = "", len(shapes)
     for variant in _RELEASED_VARIANTS:
         with torch.device("meta"):
             wanted = {name: tuple(tensor.shape) for name, tensor in create_model(variant).state_dict().items()}
-        different = {name for name in {*wanted, *shapes} - free if wanted.get(name) != shapes.get(name)}
+        wanted["fc.weight"], wanted["fc.bias"] = (num_classes, wanted["fc.weight"][1]), (num_classes,)
+        wanted["conv1.weight"] = (wanted["conv1.weight"][0], *(in_chans or (3,)), *wanted["conv1.weight"][2:])
+        different = {name for name in {*wanted, *shapes} if wanted.get(name) != shapes.get(name)}
         if not different:
-            return variant, shapes["fc.weight"][0]
+            return variant, num_classes
         if len(different) < fewest:
             nearest, fewest = f"{variant} differs in {len(different)} tensors, first {min(different)}", len(different)
-    raise ValueError(f"{path} holds no EPSANet known here; {nearest or 'none is near'}")
+    raise ValueError(f"{source} holds no EPSANet known here; {nearest or 'none is near'}")
 
 
 def save_released(path: str | Path, model: Any, *, data_parallel: bool = False) -> None:
@@ -303,17 +321,21 @@ def save_released(path: str | Path, model: Any, *, data_parallel: bool = False) 
         ValueError: for a network that the released code cannot hold.
     """
     blocks = [module for module in model.modules() if isinstance(module, EPSABlock)]
-    plain = isinstance(model, EPSANet) and getattr(model.conv1, "kernel_size", None) == (7, 7) and blocks
-    if not plain or any(
-        len(block.conv2.spc.branches) != _BRANCHES
-        or block.conv2.spc.mode != "multiplex"
-        or block.conv2.softmax != "scales"
-        for block in blocks
-    ):
+    plain = isinstance(model, EPSANet) and model.global_pool.pool_type == "avg" and blocks
+    try:
+        if not plain or any(
+            block.conv2.spc.mode != "multiplex"
+            or block.conv2.softmax != "scales"
+            or any(branch.dilation != (1, 1) for branch in block.conv2.spc.branches)
+            for block in blocks
+        ):
+            raise ValueError("this network computes something else")
+        _recognise(model.state_dict(), "this network")
+    except ValueError as error:
         raise ValueError(
             "the released code holds only EPSANets of bottlenecks with a 7×7 stem, four multiplex branches and softmax "
-            "across scales; the others stay in model folders"
-        )
+            f"across scales ({error}); the others stay in model folders"
+        ) from error
     prefix = "module." if data_parallel else ""
     state_dict = {prefix + name: tensor.cpu() for name, tensor in to_released(model.state_dict()).items()}
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
