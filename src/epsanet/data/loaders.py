@@ -226,6 +226,14 @@ class _StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
         self.dataset.set_epoch(epoch)
 
 
+class _TrainStreamDataset(_StreamDataset):
+    """An epoch of known length: timm fills the last batch of each loader process from the front. An evaluation has
+    none, because how many batches there are depends on how shards fall to processes."""
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
 def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dict[str, Any], seed: int) -> TrainLoader:
     """Augmented batches ``images, labels, positions`` in an order drawn anew each epoch.
 
@@ -246,7 +254,7 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
     if isinstance(samples, Stream):
         dataset = samples.dataset(is_training=True, batch_size=config.batch_size, seed=seed, transform=transform)
         dataset.set_loader_cfg(num_workers=workers)
-        return TrainLoader(_StreamDataset(dataset), batch_size=config.batch_size, drop_last=True, **common)
+        return TrainLoader(_TrainStreamDataset(dataset), batch_size=config.batch_size, drop_last=True, **common)
     order = EpochOrder(len(samples), config.batch_size, seed)
     return TrainLoader(ImageDataset(samples, transform, seed, config.on_bad_image), batch_sampler=order, **common)
 

@@ -6,7 +6,6 @@ and order are whatever the training split (or the network) says, and other split
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -409,7 +408,7 @@ def _open_splits(config: DataConfig) -> tuple[dict[str, Samples | Stream], list[
     if path.is_file() and path.suffix == ".parquet":
         return _open_hugging_face(source, {"path": "parquet", "data_files": {"train": str(path)}}, config, names), []
     if path.is_dir():
-        if not any(entry.is_dir() for entry in os.scandir(path)) and any(path.glob("*.parquet")):
+        if not any(entry.is_dir() for entry in path.iterdir()) and any(path.glob("*.parquet")):
             return _open_hugging_face(source, {"path": str(path)}, config, names), []
         return _open_folder(path)
     if path.exists():
@@ -442,8 +441,8 @@ def _open_digits(config: DataConfig) -> dict[str, Samples | Stream]:
 
 def _open_folder(folder: Path) -> tuple[dict[str, Samples | Stream], list[str]]:
     splits = {
-        entry.name: Path(entry.path)
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        entry.name: entry
+        for entry in sorted(folder.iterdir())
         if entry.is_dir() and entry.name in (*TRAIN_NAMES, *VAL_NAMES, *TEST_NAMES)
     }
     if not splits:
@@ -494,7 +493,10 @@ def _open_shards(folder: str, config: DataConfig, names: list[str] | None) -> di
     info_path = next(
         (path for path in (Path(folder) / "_info.json", Path(folder) / "info.json") if path.is_file()), None
     )
-    info = json.loads(info_path.read_text(encoding="utf-8")) if info_path else {}
+    try:
+        info = json.loads(info_path.read_text(encoding="utf-8")) if info_path else {}
+    except ValueError as error:
+        raise ValueError(f"{info_path} is no JSON: {error}") from error
     splits = [*info.get("splits", {}), config.train_split, config.val_split, config.test_split]
     wanted = [
         split for split in dict.fromkeys(splits) if split and (split in info.get("splits", {}) or ".tar" in split)
@@ -504,6 +506,9 @@ def _open_shards(folder: str, config: DataConfig, names: list[str] | None) -> di
             f"wds/{folder} has no info.json with splits; write one, or give patterns of shards with their number of "
             "samples, for example --data.train_split 'train-{0000..0003}.tar|4000' --data.val_split 'val-0000.tar|500'"
         )
+    for split in wanted:
+        if split not in info.get("splits", {}) and not split.rpartition("|")[2].isdigit():
+            raise ValueError(f"{split!r} does not say how many samples it has; for example {split.split('|')[0]}|4000")
     names = names or info.get("class_names")
     if not names:
         raise ValueError(f"wds/{folder} names no classes; list them, one a line, in a file: --data.class_names FILE")
