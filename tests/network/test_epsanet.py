@@ -268,8 +268,9 @@ def test_every_convolution_starts_normal_with_the_released_standard_deviation(na
 
 def test_norms_start_at_one_and_zero_and_the_last_of_each_block_at_zero_on_request() -> None:
     for name, last in (("epsanet50_small", "bn3"), ("epsanet18", "bn2")):
-        for zero in (False, True):
-            model = timm.create_model(name, zero_init_last=zero)
+        for arguments in ({}, {"zero_init_last": False}, {"zero_init_last": True}):
+            zero = arguments.get("zero_init_last", False)
+            model = timm.create_model(name, **arguments)
             norms = {key: module for key, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
             zeros = {key for key, module in norms.items() if (module.weight == 0).all()}
             ones = {key for key, module in norms.items() if (module.weight == 1).all()}
