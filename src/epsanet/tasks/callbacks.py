@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+import shlex
 import signal
 import threading
 import time
@@ -198,7 +199,9 @@ class GracefulStop(Callback):
     def _stop(self, place: str) -> NoReturn:
         run = self.checkpoint.parents[1]
         run = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-        raise TrainingInterrupted(f"stopped at {place} and saved; go on with: epsanet train --resume {run}")
+        raise TrainingInterrupted(
+            f"stopped at {place} and saved; go on with: epsanet train --resume {shlex.quote(str(run))}"
+        )
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self._restore()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import shlex
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from timm.data import resolve_data_config
 
 from epsanet._files import atomic_file
 from epsanet.data.check import CheckReport, check_images
+from epsanet.data.config import DataConfig
 from epsanet.data.loaders import (
     TrainLoader,
     evaluation_loader,
@@ -243,6 +245,25 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def _data_flags(data: DataConfig) -> str:
+    """The flags that name the same data set again."""
+    flags = [f"--data {shlex.quote(data.source)}"]
+    for name in (
+        "root",
+        "train_split",
+        "val_split",
+        "test_split",
+        "val_fraction",
+        "image_key",
+        "label_key",
+        "class_names",
+    ):
+        value = getattr(data, name)
+        if value != getattr(DataConfig, name):
+            flags.append(f"--data.{name} {shlex.quote(str(value))}")
+    return " ".join(flags)
+
+
 def _write_start(run: _Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(run.config)
@@ -344,10 +365,10 @@ def _finish(run: _Run, history: History) -> TrainResult:
     load_model(folder)  # what was written can be read
     console.print(f"\n{split} {evaluation} with the best checkpoint, of epoch {best['epoch'] + 1}", style="bold")
     console.print(f"training took {duration(history.seconds)}; the model is in {_shown(folder)}\n")
-    source = run.config.data.source
-    console.print(f"evaluate  epsanet evaluate {_shown(folder)} --data {source}")
-    console.print(f"predict   epsanet predict {_shown(folder)} IMAGES")
-    console.print(f"resume    epsanet train --resume {_shown(run.folder)}")
+    model, flags = shlex.quote(_shown(folder)), _data_flags(run.config.data)
+    console.print(f"evaluate  epsanet evaluate {model} {flags}{' --split val' if split == 'val' else ''}")
+    console.print(f"predict   epsanet predict {model} IMAGES")
+    console.print(f"resume    epsanet train --resume {shlex.quote(_shown(run.folder))}")
     return TrainResult(run=run.folder, model=folder, split=split, evaluation=evaluation)
 
 
