@@ -18,11 +18,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _permissions() -> int:
-    """The mode a plain ``open`` would give; temporary files start readable by their owner only."""
+def _permissions(mode: int) -> int:
+    """What the umask leaves of a mode, as for a plain ``open``; temporary files start readable by their owner only."""
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return mode & ~mask
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(_permissions())
+        temporary.chmod(_permissions(0o666))
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
@@ -51,14 +51,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(_permissions() | 0o111)
+        temporary.chmod(_permissions(0o777))
         for file in temporary.rglob("*"):
             _sync(file)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / path.name)
-            temporary.rename(path)
-            shutil.rmtree(old)
+            try:
+                path.rename(old / path.name)
+                temporary.rename(path)
+            except OSError:
+                if not path.exists() and (old / path.name).exists():
+                    (old / path.name).rename(path)
+                raise
+            finally:
+                if path.exists():
+                    shutil.rmtree(old)
         else:
             temporary.rename(path)
         _sync(path.parent)

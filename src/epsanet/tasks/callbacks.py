@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from epsanet._files import atomic_file
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.console import console, duration, progress_bar
+from epsanet.tasks.report import shown
 
 __all__ = ["AtomicCheckpointIO", "GracefulStop", "History", "RandomStates", "Reporter", "TrainingInterrupted"]
 
@@ -197,9 +198,8 @@ class GracefulStop(Callback):
             self._stop(f"the end of epoch {trainer.current_epoch}")
 
     def _stop(self, place: str) -> NoReturn:
-        run = self.checkpoint.parents[1]
-        run = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-        raise TrainingInterrupted(
+        run = shlex.quote(shown(self.checkpoint.parents[1]))
+        raise TrainingInterrupted(f"stopped at {place} and saved; go on with: epsanet train --resume {run}")
             f"stopped at {place} and saved; go on with: epsanet train --resume {shlex.quote(str(run))}"
         )
 

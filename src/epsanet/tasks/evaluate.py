@@ -17,7 +17,7 @@ from epsanet.data.loaders import evaluation_loader
 from epsanet.data.sources import Stream, open_split
 from epsanet.network.weights import LoadedModel, load_model
 from epsanet.tasks.classification import Classifier
-from epsanet.tasks.console import messages, progress_bar, track
+from epsanet.tasks.console import messages, progress_bar, quiet_lightning, track
 from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.scores import Evaluation
 
@@ -51,8 +51,6 @@ def evaluate_module(module: Classifier, loader: DataLoader[Any], device: torch.d
         device: where.
         precision: Lightning's name of the arithmetic.
     """
-    from epsanet.tasks.train import quiet_lightning
-
     with quiet_lightning():
         trainer = lightning.Trainer(
             accelerator=device.type,
