@@ -200,8 +200,6 @@ class GracefulStop(Callback):
     def _stop(self, place: str) -> NoReturn:
         run = shlex.quote(shown(self.checkpoint.parents[1]))
         raise TrainingInterrupted(f"stopped at {place} and saved; go on with: epsanet train --resume {run}")
-            f"stopped at {place} and saved; go on with: epsanet train --resume {shlex.quote(str(run))}"
-        )
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self._restore()
