@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from epsanet.data.sources import Stream
 from epsanet.tasks.console import console
 from epsanet.tasks.run import Run
 
-__all__ = ["announce", "next_commands", "shown"]
+__all__ = ["announce", "has_tensorboard", "next_commands", "shown"]
 
 
 def announce(run: Run, *, resumed: bool) -> None:
@@ -39,8 +40,15 @@ def announce(run: Run, *, resumed: bool) -> None:
             table.add_row(title, f"{len(split):,} images in shards, read as they come")
     for note in splits.notes:
         table.add_row("note", note)
+    if not has_tensorboard():
+        table.add_row("note", "no TensorBoard events without: pip install 'epsanet[tensorboard]'")
     table.add_row("run folder", shown(run.folder) + (" (resumed)" if resumed else ""))
     console.print(table)
+
+
+def has_tensorboard() -> bool:
+    """Whether the optional library that writes TensorBoard events is installed."""
+    return importlib.util.find_spec("tensorboard") is not None
 
 
 def shown(path: Path) -> str:

@@ -13,7 +13,7 @@ from timm.data import resolve_data_config
 
 from epsanet.data.check import CheckReport, check_images
 from epsanet.data.loaders import evaluation_transform, train_transform
-from epsanet.data.sources import DataSplits, Stream, open_data, require
+from epsanet.data.sources import DataSplits, Stream, open_data
 from epsanet.network.weights import create_model
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig
@@ -60,7 +60,6 @@ def prepare(config: TrainConfig, resume: Path | None) -> Run:
     """
     folder = _run_folder(config, resume)
     device = resolve_device(config.device)
-    require("tensorboard", "tensorboard")
     splits = open_data(config.data)
     if not isinstance(splits.train, Stream) and len(splits.train) < 2:
         raise ValueError(f"{config.data.source} has {len(splits.train)} image to train on; two are the least")

@@ -31,7 +31,7 @@ from epsanet.tasks.console import console, duration, quiet_lightning
 from epsanet.tasks.devices import processor_name
 from epsanet.tasks.evaluate import evaluate_module
 from epsanet.tasks.figures import save_batch, save_confusion_matrix, save_curves
-from epsanet.tasks.report import announce, next_commands, shown
+from epsanet.tasks.report import announce, has_tensorboard, next_commands, shown
 from epsanet.tasks.run import Run, prepare
 from epsanet.tasks.scores import Evaluation
 
@@ -120,7 +120,7 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
             devices=[run.device.index or 0] if run.device.type == "cuda" else 1,
             precision=config.precision,
             max_epochs=config.schedule.epochs,
-            logger=TensorBoardLogger(run.folder, name="", version="tensorboard"),
+            logger=TensorBoardLogger(run.folder, name="", version="tensorboard") if has_tensorboard() else False,
             callbacks=[
                 history,
                 Reporter(history),
