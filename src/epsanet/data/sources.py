@@ -309,7 +309,7 @@ def open_split(
         named = {"test": config.test_split, "val": config.val_split}
         wanted = [name for name in (named["test"], *TEST_NAMES, named["val"], *VAL_NAMES) if name in found]
         split = wanted[0] if wanted else next(iter(found)) if len(found) == 1 else ""
-        if len(found) == 1:
+        if len(found) == 1 and split not in (*VAL_NAMES, *TEST_NAMES):
             notes.append(
                 f"{config.source} has one split: all its images are counted, also those that a network was trained on; "
                 "--split val takes those that training sets aside"

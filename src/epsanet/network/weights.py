@@ -273,7 +273,8 @@ def load_released(path: str | Path) -> LoadedModel:
             "save its state_dict alone and try again"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is no checkpoint that torch can read: {_first_line(error)}") from error
+        reason = f"it is cut short or no file of torch.save ({type(error).__name__})"
+        raise ValueError(f"{path} is no checkpoint that torch can read: {reason}") from error
     found = content.get("state_dict", content) if isinstance(content, dict) else None
     if not (
         isinstance(found, dict)
