@@ -131,9 +131,12 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
                     filename="best",
                     monitor="val_top1",
                     mode="max",
-                    save_last=True,
                     enable_version_counter=False,
                     save_on_train_epoch_end=True,
+                ),
+                # Of its own and after it: save_last=True writes last.ckpt only when there is a new best.
+                ModelCheckpoint(
+                    run.checkpoints, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
                 ),
             ],
             plugins=[AtomicCheckpointIO()],
