@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from making import class_folders
+from tasks_reading import CLASSES
 
 from epsanet.data.config import DataConfig
 from epsanet.tasks.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from epsanet.tasks.scores import Score
 from epsanet.tasks.train import TrainResult, train
-
-CLASSES = ["ant", "bee", "cow"]
 
 
 @pytest.fixture(scope="session")

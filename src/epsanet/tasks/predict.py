@@ -53,7 +53,9 @@ def find_images(names: Sequence[str | Path]) -> list[str]:
     for name in map(str, names):
         path = Path(name)
         if path.is_dir():
-            inside = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(
+                str(file) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            )
             if not inside:
                 raise ValueError(f"{name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             found.extend(inside)

@@ -91,8 +91,9 @@ def _read_checkpoint(folder: Path) -> dict[str, Any]:
             raise ValueError("it is no training checkpoint")
     except Exception as error:  # torch raises what unpickling meets
         best = path.with_name("best.ckpt")
+        reason = next(iter(str(error).splitlines()), "it is empty")
         hint = f"; {best.name} beside it may be sound: copy it over {path.name}" if best.is_file() else ""
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}{hint}") from error
+        raise ValueError(f"{path} is damaged: {reason}{hint}") from error
     return checkpoint
 
 

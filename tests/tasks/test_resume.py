@@ -1,0 +1,241 @@
+"""A run that was stopped, and resumed, is the run that was not: weights, history and best score."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tasks_reading import same_state
+from test_train import checkpoint, metrics
+
+from epsanet.tasks.classification import Classifier
+from epsanet.tasks.config import TrainConfig
+from epsanet.tasks.scores import Score
+from epsanet.tasks.train import TrainingInterrupted, train
+
+Small = Callable[..., TrainConfig]
+
+
+def same_run(found: Path, wanted: Path) -> None:
+    """Weights, optimiser, best weights, model folder and history; but for the clock."""
+    for name in ("last", "best"):
+        mine, theirs = checkpoint(found, name), checkpoint(wanted, name)
+        assert (mine["epoch"], mine["global_step"]) == (theirs["epoch"], theirs["global_step"])
+        same_state(mine["state_dict"], theirs["state_dict"])
+        for one, other in zip(mine["optimizer_states"], theirs["optimizer_states"], strict=True):
+            same_state(
+                {str(key): value["momentum_buffer"] for key, value in one["state"].items()},
+                {str(key): value["momentum_buffer"] for key, value in other["state"].items()},
+            )
+    same_state(load_file(found / "model" / "model.safetensors"), load_file(wanted / "model" / "model.safetensors"))
+    rows = [[{**row, "seconds": 0} for row in metrics(run)] for run in (found, wanted)]
+    assert rows[0] == rows[1]
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """Send this process a signal while it computes a step, once."""
+    original, done = Classifier.training_step, []
+
+    def training_step(self: Classifier, batch: Any, index: int) -> torch.Tensor:
+        if self.global_step == step and not done:
+            done.append(step)
+            os.kill(os.getpid(), number)
+        return original(self, batch, index)
+
+    patch.setattr(Classifier, "training_step", training_step)
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "saved"),
+    [(7, signal.SIGINT, 8), (0, signal.SIGTERM, 1), (9, signal.SIGINT, 10)],
+    ids=["within an epoch", "at the first step", "at the end of an epoch"],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(
+    step: int, number: int, saved: int, trained: Any, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    stop_after(monkeypatch, step, number)
+    with pytest.raises(TrainingInterrupted, match=rf"saved; go on with: epsanet train --resume {run}"):
+        train(small(run))
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert checkpoint(run)["global_step"] == saved
+    assert not (run / "model").exists()
+    torch.rand(3)  # the states of the generators are restored, whatever they are now
+    train(resume=run)
+    same_run(run, trained.result.run)
+
+
+def test_a_run_can_be_stopped_more_than_once(
+    trained: Any, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    config: TrainConfig | None = small(run, data__workers=2)
+    for step in (2, 3, 11):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(TrainingInterrupted):
+                train(config, resume=None if config else run)
+        config = None
+        assert checkpoint(run)["global_step"] == step + 1
+    train(resume=run)
+    same_run(run, trained.result.run)
+
+
+@pytest.fixture
+def preset(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[float]], None]]:
+    """Validation results as a list says."""
+    result = Score.result
+
+    def set_scores(values: list[float]) -> None:
+        left = iter(values)
+        monkeypatch.setattr(
+            Score, "result", lambda self, names: dataclasses.replace(result(self, names), top1=next(left))
+        )
+
+    return set_scores
+
+
+def test_the_best_score_outlives_the_stop(
+    preset: Callable[[list[float]], None], small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    preset([90.0])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(TrainingInterrupted):
+            train(small(run))
+    preset([50.0, 60.0, 0.0])
+    train(resume=run)
+    assert [row["val_top1"] for row in metrics(run)] == [90, 50, 60]
+    best = checkpoint(run, "best")
+    assert (best["epoch"], best["global_step"]) == (0, 5)
+    assert checkpoint(run)["epoch"] == 2
+
+
+def test_a_finished_run_that_is_resumed_trains_no_further(trained: Any, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(trained.result.run, run)
+    shutil.rmtree(run / "model")
+    before = checkpoint(run)["state_dict"]
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    for state in content["callbacks"].values():  # it was moved, and Lightning would say that it forgets the best
+        if "dirpath" in state:
+            state["dirpath"] = str(run / "checkpoints")
+    torch.save(content, run / "checkpoints" / "last.ckpt")
+    result = train(resume=run)
+    assert result.evaluation.top1 == trained.result.evaluation.top1
+    same_state(checkpoint(run)["state_dict"], before)
+    assert len(metrics(run)) == 3
+
+
+# What cannot be resumed
+
+
+def finished_copy(trained: Any, folder: Path) -> Path:
+    import shutil
+
+    shutil.copytree(trained.result.run, folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "words", "other"])
+def test_a_damaged_checkpoint_is_named_and_nothing_starts_anew(damage: str, trained: Any, tmp_path: Path) -> None:
+    run = finished_copy(trained, tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    if damage == "other":
+        torch.save({"weights": torch.ones(2)}, last)
+    else:
+        last.write_bytes({"cut": whole[: len(whole) // 2], "emptied": b"", "words": b"no checkpoint"}[damage])
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged: .*best\.ckpt beside it may be sound") as raised:
+        train(resume=run)
+    assert "\n" not in str(raised.value)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(trained: Any, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path(tmp_path / "ran").touch, ())
+
+    run = finished_copy(trained, tmp_path / "run")
+    torch.save({"state_dict": Evil()}, run / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
+        train(resume=run)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_is_no_run_or_has_no_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no run folder: it has no config\.yaml"):
+        train(resume=tmp_path)
+    (tmp_path / "config.yaml").write_text("model: epsanet14_tiny\n")
+    with pytest.raises(ValueError, match=r"last\.ckpt is not there, so there is nothing to resume"):
+        train(resume=tmp_path)
+
+
+# The same by the command line, with processes that are really stopped
+
+
+def start(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
+    values = dataclasses.asdict(config)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**values, "output": None}))
+    return epsanet("train", str(folder / "recipe.yaml"), "--output", str(folder / "run"))
+
+
+def epsanet(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "epsanet.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+
+
+def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
+    """Until a file has so many lines."""
+    limit = time.monotonic() + 120
+    while not path.is_file() or len(path.read_text().splitlines()) < lines:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < limit, "nothing was written"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_is_stopped_or_killed_resumes_to_the_same_weights(
+    number: int, small: Small, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    config = small(tmp_path / "whole", schedule__epochs=8)
+    process = start(config, tmp_path)
+    wait_for(tmp_path / "run" / "metrics.csv", 3, process)  # a head and two epochs
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    if number == signal.SIGINT:
+        assert process.returncode == 130, output
+        assert f"go on with: epsanet train --resume {tmp_path / 'run'}" in output
+        assert "Traceback" not in output
+    else:
+        assert process.returncode == -signal.SIGKILL
+    reached = checkpoint(tmp_path / "run")["global_step"]
+    assert 5 <= reached < 40, "it was stopped on the way"
+
+    process = epsanet("train", "--resume", str(tmp_path / "run"))
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "(resumed)" in output
+    train(config)
+    same_run(tmp_path / "run", tmp_path / "whole")
