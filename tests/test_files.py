@@ -33,7 +33,7 @@ def test_a_file_appears_at_the_end_and_not_before(tmp_path: Path) -> None:
 def test_an_exception_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     target = tmp_path / "x.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError, match="power cut"), atomic_file(target) as temporary:
+    with pytest.raises(RuntimeError, match="power cut"), atomic_file(target) as temporary:  # noqa: PT012
         temporary.write_text("half of the n")
         raise STOP
     assert target.read_text() == "old"
@@ -55,7 +55,7 @@ def test_an_exception_leaves_the_old_folder_and_no_other(tmp_path: Path) -> None
     target = tmp_path / "model"
     target.mkdir()
     (target / "old.txt").write_text("old")
-    with pytest.raises(RuntimeError, match="power cut"), atomic_folder(target) as temporary:
+    with pytest.raises(RuntimeError, match="power cut"), atomic_folder(target) as temporary:  # noqa: PT012
         (temporary / "new.txt").write_text("new")
         raise STOP
     assert names(target) == ["old.txt"]

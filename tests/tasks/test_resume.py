@@ -217,7 +217,7 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_is_stopped_or_killed_resumes_to_the_same_weights(
-    number: int, small: Small, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    number: int, small: Small, tmp_path: Path
 ) -> None:
     config = small(tmp_path / "whole", schedule__epochs=8)
     process = start(config, tmp_path)

@@ -1,0 +1,64 @@
+"""The cost table has the figures of the paper, typed in here from its tables."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from epsanet.study.cost import cost, cost_table
+
+# parameters, 10⁹ multiply-accumulates at 224×224; published: millions, 10⁹, top-1, top-5
+FIGURES = {
+    "epsanet50_small": (22_561_715, 3.598, 22.56, 3.62, 77.49, 93.54),
+    "epsanet101_small": (38_900_279, 6.788, 38.90, 6.82, 78.43, 94.11),
+    "epsanet50_large_g32": (30_100_094, 5.053, 27.90, 4.72, 78.64, 94.18),
+    "epsanet50_large": (27_899_518, 4.693, 27.90, 4.72, 78.64, 94.18),
+    "epsanet101_large_g32": (53_742_470, 9.666, 49.59, 8.97, 79.38, 94.58),
+    "epsanet101_large": (49_592_198, 8.924, 49.59, 8.97, 79.38, 94.58),
+}
+
+
+def test_the_table_has_the_papers_figures_beside_ours() -> None:
+    rows = {row.name: row for row in cost_table()}
+    assert set(rows) == set(timm.list_models("epsanet*"))
+    for name, (parameters, gmacs, *published) in FIGURES.items():
+        row = rows[name]
+        assert row.parameters == parameters
+        assert row.macs / 1e9 == pytest.approx(gmacs, abs=0.0005)
+        assert row.input_size == 224
+        assert row.published is not None
+        paper = row.published
+        assert [paper.parameters, paper.gmacs, paper.top1, paper.top5] == published
+    assert {name for name, row in rows.items() if row.published} == set(FIGURES)
+    assert list(rows)[: len(FIGURES)] == sorted(FIGURES, key=lambda name: FIGURES[name][0]), "the paper's come first"
+
+
+def test_multiply_accumulates_are_counted_layer_by_layer() -> None:
+    """Longhand: each output value of a convolution costs its kernel's taps."""
+    model = timm.create_model("epsanet14_tiny", num_classes=10).eval()
+    counted = 0
+
+    def count(layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal counted
+        counted += output[0].numel() * layer.weight[0].numel()
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    assert counted > 1e6
+    found = cost("epsanet14_tiny")
+    # SEWeight's two layers, shared by the 4 scales, run as one batched product without their modules.
+    squeezes = sum(
+        layer.weight.numel() for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) and ".se" in name
+    )
+    assert found.macs == counted + 4 * squeezes
+    assert found.published is None
+
+
+def test_a_network_that_is_unknown_is_named() -> None:
+    with pytest.raises(ValueError, match="no network 'epsanet51_small'; near it: epsanet50_small"):
+        cost("epsanet51_small")
