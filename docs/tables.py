@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,6 +25,13 @@ PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DO
 def counted() -> tuple[Cost, ...]:
     """Every network, counted once."""
     return tuple(cost_table())
+
+
+@functools.cache
+def built(name: str) -> Any:
+    """A network without memory for its weights."""
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
 def costs() -> str:
@@ -53,8 +61,7 @@ def stages() -> str:
         "|---|---|---|---|---|---|",
     ]
     for name in (row.name for row in counted()):
-        with torch.device("meta"):
-            model = timm.create_model(name)
+        model = built(name)
         blocks, widths, groups, mode = [], [], [], ""
         for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
             modules = [module for module in stage.modules() if isinstance(module, epsanet.PSA)]
@@ -79,8 +86,7 @@ def readings() -> str:
     for row in counted():
         if row.published is None:
             continue
-        with torch.device("meta"):
-            module = timm.create_model(row.name).layer1[0].conv2
+        module = built(row.name).layer1[0].conv2
         groups = "-".join(str(branch.groups) for branch in module.spc.branches)
         lines.append(
             f"| `{row.name}` | {row.published.parameters:.2f} M / {row.published.gmacs:.2f} G "
