@@ -15,14 +15,23 @@ import lightning
 import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
 
 from epsanet._files import atomic_file
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.console import console, duration, progress_bar
 from epsanet.tasks.report import shown
 
-__all__ = ["AtomicCheckpointIO", "GracefulStop", "History", "RandomStates", "Reporter", "TrainingInterrupted"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "BestCheckpoint",
+    "GracefulStop",
+    "History",
+    "RandomStates",
+    "Reporter",
+    "TrainingInterrupted",
+]
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 - no error: the user asked for it
@@ -43,6 +52,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read tensors and plain values only."""
         del weights_only  # never less than True
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the epoch of the highest score; of equal ones the last, which was trained longest."""
+
+    def check_monitor_top_k(self, trainer: lightning.Trainer, current: Tensor | None = None) -> bool:
+        """Whether this score is as good as the best."""
+        equal = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
+        return equal or super().check_monitor_top_k(trainer, current)
 
 
 class RandomStates(Callback):

@@ -18,6 +18,7 @@ from epsanet.data.loaders import TrainLoader, evaluation_loader, train_loader
 from epsanet.network.weights import load_model, save_model
 from epsanet.tasks.callbacks import (
     AtomicCheckpointIO,
+    BestCheckpoint,
     GracefulStop,
     History,
     RandomStates,
@@ -127,7 +128,7 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
                 Reporter(history),
                 RandomStates(),
                 GracefulStop(run.checkpoints / "last.ckpt"),
-                ModelCheckpoint(
+                BestCheckpoint(
                     run.checkpoints,
                     filename="best",
                     monitor="val_top1",
