@@ -30,6 +30,17 @@ def test_a_file_appears_at_the_end_and_not_before(tmp_path: Path) -> None:
     assert names(target.parent) == ["x.txt"]
 
 
+def test_who_reads_the_old_file_goes_on_reading_it_whole(tmp_path: Path) -> None:
+    """It is replaced by a rename, never written over."""
+    target = tmp_path / "x.txt"
+    target.write_text("old")
+    with target.open() as reader:
+        with atomic_file(target) as temporary:
+            temporary.write_text("new")
+        assert reader.read() == "old"
+    assert target.read_text() == "new"
+
+
 def test_an_exception_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     target = tmp_path / "x.txt"
     target.write_text("old")

@@ -99,7 +99,7 @@ def test_cmyk_becomes_rgb() -> None:
 
 @pytest.mark.parametrize("suffix", ["PNG", "TIFF"])
 def test_16_bit_grey_keeps_its_brightness(suffix: str) -> None:
-    values = np.array([[0, 257, 514], [32896, 65278, 65535]], dtype=np.uint16)
+    values = np.array([[0, 256, 514], [32896, 65278, 65535]], dtype=np.uint16)
     same(read_image(saved(Image.fromarray(values), suffix)), np.dstack([values // 257] * 3))
 
 

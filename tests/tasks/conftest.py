@@ -93,8 +93,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small: Callable[..., Train
     config = small(tmp_path_factory.mktemp("runs") / "run")
     with pytest.MonkeyPatch.context() as patch:
         recorder, text = Recorder(patch), io.StringIO()
-        patch.setattr(console.console, "file", text)
-        patch.setattr(console.messages, "file", text)
+        patch.setattr(console.console, "_file", text)  # setting file would pin the stream of this moment
+        patch.setattr(console.messages, "_file", text)
         result = train(config)
     logits, labels = recorder.last(result.evaluation.images)
     return Recorded(result=result, config=config, printed=text.getvalue(), logits=logits, labels=labels)
