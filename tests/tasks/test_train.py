@@ -178,7 +178,7 @@ def test_the_model_card_has_the_result_and_what_made_it(trained: Any) -> None:
 # Which weights, and that they are the same every time
 
 
-def test_the_model_is_that_of_the_best_epoch_the_first_of_equals(
+def test_the_model_is_that_of_the_best_epoch_the_last_of_equals(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([40.0, 80.0, 80.0, 60.0, 0.0])
@@ -189,11 +189,11 @@ def test_the_model_is_that_of_the_best_epoch_the_first_of_equals(
     run = train(small(tmp_path / "run", schedule__epochs=4))
     assert [row["val_top1"] for row in metrics(run.run)] == [40, 80, 80, 60]
     best = checkpoint(run.run, "best")
-    assert (best["epoch"], best["global_step"]) == (1, 10)
+    assert (best["epoch"], best["global_step"]) == (2, 15)
     same_state(load_file(run.model / "model.safetensors"), network(best["state_dict"]))
     last = network(checkpoint(run.run)["state_dict"])
     assert not torch.equal(last["conv1.weight"], load_file(run.model / "model.safetensors")["conv1.weight"])
-    assert "The weights are those of epoch 2 of 4" in (run.model / "README.md").read_text(encoding="utf-8")
+    assert "The weights are those of epoch 3 of 4" in (run.model / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(trained: Any, small: Small, tmp_path: Path) -> None:
