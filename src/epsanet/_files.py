@@ -53,6 +53,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(_permissions(0o777))
         for file in temporary.rglob("*"):
+            file.chmod(_permissions(0o777 if file.is_dir() else 0o666))
             _sync(file)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))

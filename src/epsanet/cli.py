@@ -105,7 +105,6 @@ def _train_parser() -> ArgumentParser:
     from epsanet.tasks.config import recipe_names, train_parser
 
     parser = _describe_data(train_parser())
-    parser.add_argument("--resume", type=str | None, default=None, help="Run folder to go on from, in the same folder.")
     parser.usage = f"epsanet train [RECIPE] [flags]\n\nRECIPE is {', '.join(recipe_names())} or a YAML file."
     return parser
 
@@ -288,7 +287,8 @@ def _models(values: dict[str, Any]) -> int:
     console.print(table)
     console.print(
         "GMACs: convolutions and linear layers, one image; the paper's also count norms, activations and pools.\n"
-        "Large: the paper's text has groups of 32 (…_large_g32), its figures are those of split branches (…_large).\n"
+        "Large: the paper's text has groups of 32 (…_large_g32), its cost is that of split branches (…_large);\n"
+        "which of the two reached its accuracy is unknown.\n"
         "top-1 and top-5 are the paper's, on ImageNet; its weights were never published."
     )
     return 0

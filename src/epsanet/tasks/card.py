@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from epsanet.tasks.config import TrainConfig
-from epsanet.tasks.console import duration
+from epsanet.tasks.console import counted, duration
 from epsanet.tasks.scores import Evaluation
 
 __all__ = ["model_card"]
@@ -86,7 +86,7 @@ The weights are those of epoch {epoch} of {schedule.epochs}, the best on the val
 
 {optimizer.opt}, learning rate {optimizer.lr:g} ({schedule.sched}), weight decay {optimizer.weight_decay:g},
 batch {config.data.batch_size}, label smoothing {config.label_smoothing:g}, seed {config.seed}, {config.precision};
-{duration(seconds)} on {hardware} ({torch.get_num_threads()} threads), torch {torch.__version__},
+{duration(seconds)} on {hardware} ({counted(torch.get_num_threads(), "thread")}), torch {torch.__version__},
 {time.strftime("%Y-%m-%d")}.
 
 EPSANet is by Zhang, Zu, Lu, Zou and Meng, ACCV 2022, arXiv:2105.14447.

@@ -123,6 +123,7 @@ def train_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of the flags below, the same as naming it RECIPE")
+    parser.add_argument("--resume", type=str | None, default=None, help="Run folder to go on from, in the same folder.")
     parser.add_class_arguments(TrainConfig)
     return parser
 
@@ -145,5 +146,5 @@ def load_recipe(name: str = "digits", overrides: list[str] | None = None) -> Tra
         values = parser.instantiate(namespace)
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    values = {key: value for key, value in vars(values).items() if key != "config"}
+    values = {key: value for key, value in vars(values).items() if key not in ("config", "resume")}
     return TrainConfig(**values)

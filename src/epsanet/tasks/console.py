@@ -12,7 +12,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["console", "duration", "messages", "progress_bar", "quiet_lightning", "track"]
+__all__ = ["console", "counted", "duration", "messages", "progress_bar", "quiet_lightning", "track"]
 
 _PLAIN_WIDTH = 160
 """Characters of a line where there is no terminal to ask."""
@@ -44,6 +44,11 @@ def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
     """Iterate under a bar."""
     with progress_bar() as bar:
         yield from bar.track(items, total=total, description=title)
+
+
+def counted(number: int, name: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

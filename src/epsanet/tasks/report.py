@@ -12,7 +12,7 @@ from rich.table import Table
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import worker_count
 from epsanet.data.sources import Stream
-from epsanet.tasks.console import console
+from epsanet.tasks.console import console, counted
 from epsanet.tasks.run import Run
 
 __all__ = ["announce", "has_tensorboard", "next_commands", "shown"]
@@ -25,11 +25,15 @@ def announce(run: Run, *, resumed: bool) -> None:
     table = Table.grid(padding=(0, 2))
     height, width = run.data_config["input_size"][1:]
     table.add_row("network", f"{config.model}, {parameters:,} parameters, input {height}×{width}")
-    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if run.device.type == "cpu" else ""
     table.add_row("device", f"{run.device}{threads}, precision {config.precision}")
-    table.add_row("batch", f"{config.data.batch_size} images, {worker_count(config.data)} workers")
+    table.add_row(
+        "batch", f"{counted(config.data.batch_size, 'image')}, {counted(worker_count(config.data), 'worker')}"
+    )
     schedule, optimizer = config.schedule, config.optimizer
-    table.add_row("training", f"{schedule.epochs} epochs, {optimizer.opt}, lr {optimizer.lr:g} {schedule.sched}")
+    table.add_row(
+        "training", f"{counted(schedule.epochs, 'epoch')}, {optimizer.opt}, lr {optimizer.lr:g} {schedule.sched}"
+    )
     names = splits.class_names
     table.add_row("classes", f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}")
     for report in run.reports:
