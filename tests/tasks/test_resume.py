@@ -130,15 +130,28 @@ def test_a_finished_run_that_is_resumed_trains_no_further(trained: Any, tmp_path
     shutil.copytree(trained.result.run, run)
     shutil.rmtree(run / "model")
     before = checkpoint(run)["state_dict"]
-    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    for state in content["callbacks"].values():  # it was moved, and Lightning would say that it forgets the best
-        if "dirpath" in state:
-            state["dirpath"] = str(run / "checkpoints")
-    torch.save(content, run / "checkpoints" / "last.ckpt")
     result = train(resume=run)
     assert result.evaluation.top1 == trained.result.evaluation.top1
     same_state(checkpoint(run)["state_dict"], before)
     assert len(metrics(run)) == 3
+
+
+def test_the_best_score_goes_along_when_a_run_folder_is_moved(
+    preset: Callable[[list[float]], None], small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, moved = tmp_path / "run", tmp_path / "elsewhere" / "run"
+    preset([90.0])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(TrainingInterrupted):
+            train(small(run))
+    moved.parent.mkdir()
+    run.rename(moved)
+    preset([50.0, 60.0, 0.0])
+    train(resume=moved)
+    assert checkpoint(moved, "best")["epoch"] == 0
+    assert checkpoint(moved)["epoch"] == 2
+    assert not run.exists()
 
 
 # What cannot be resumed

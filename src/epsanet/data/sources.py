@@ -455,6 +455,8 @@ def _open_torchvision(source: str, config: DataConfig, names: list[str] | None) 
 
     if config.root is None:
         raise ValueError(f"{source} needs a folder; say where it lies, or shall be put, with --data.root FOLDER")
+    if config.train_split not in TRAIN_NAMES:  # timm would take the test images instead
+        raise ValueError(f"{source} has no split {config.train_split!r} to train on; leave --data.train_split out")
     found: dict[str, Samples | Stream] = {}
     for key, split in (("train", config.train_split), ("test", config.val_split or "validation")):
         try:

@@ -25,7 +25,7 @@ from epsanet.tasks.report import shown
 
 __all__ = [
     "AtomicCheckpointIO",
-    "BestCheckpoint",
+    "Checkpoint",
     "GracefulStop",
     "History",
     "RandomStates",
@@ -54,13 +54,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
-class BestCheckpoint(ModelCheckpoint):
+class Checkpoint(ModelCheckpoint):
     """Keeps the epoch of the highest score; of equal ones the last, which was trained longest."""
 
     def check_monitor_top_k(self, trainer: lightning.Trainer, current: Tensor | None = None) -> bool:
         """Whether this score is as good as the best."""
         equal = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
         return equal or super().check_monitor_top_k(trainer, current)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score along when the run folder has been moved; the best epoch lies in it as before."""
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath or "") / Path(path).name) if path else ""
+
+        moved = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **moved, "best_k_models": scores, "dirpath": self.dirpath})
 
 
 class RandomStates(Callback):

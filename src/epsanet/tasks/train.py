@@ -10,7 +10,6 @@ from typing import Any
 import lightning
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from epsanet._files import atomic_file
@@ -18,7 +17,7 @@ from epsanet.data.loaders import TrainLoader, evaluation_loader, train_loader
 from epsanet.network.weights import load_model, save_model
 from epsanet.tasks.callbacks import (
     AtomicCheckpointIO,
-    BestCheckpoint,
+    Checkpoint,
     GracefulStop,
     History,
     RandomStates,
@@ -112,9 +111,6 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
         raise ValueError(f"{config.data.source} has fewer images than one batch; lower --data.batch_size")
     _save_first_batch(run)
     history = History(run.folder / "metrics.csv")
-    if checkpoint is not None:
-        # Lightning gives a loader its state only when it stopped within an epoch.
-        loader.load_state_dict(checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0])
     module = Classifier(run.model, run.splits.class_names, config, len(loader))
     with quiet_lightning():
         trainer = lightning.Trainer(
@@ -128,7 +124,7 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
                 Reporter(history),
                 RandomStates(),
                 GracefulStop(run.checkpoints / "last.ckpt"),
-                BestCheckpoint(
+                Checkpoint(
                     run.checkpoints,
                     filename="best",
                     monitor="val_top1",
@@ -137,7 +133,7 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
                     save_on_train_epoch_end=True,
                 ),
                 # Of its own and after it: save_last=True writes last.ckpt only when there is a new best.
-                ModelCheckpoint(
+                Checkpoint(
                     run.checkpoints, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
                 ),
             ],
