@@ -152,26 +152,35 @@ Place place_of(const Problem &problem, const Branch &branch, bool input, int gro
     return {channel / size, channel % size};
 }
 
-// Calls visit(lane set, result vector, lane, depth index, out channel, in channel of the group) for every weight of
-// a branch that one place of the kernel holds; lanes without a result are left out.
+// Calls visit(result vector, lane, depth index, first natural weight, tap) for every weight of one set of lanes of a
+// branch; lanes without a result are left out. Few taps at a time: theirs are far apart where lanes are packed.
 template <class Visit>
 void each_weight(const Problem &problem, const Branch &branch, Direction direction, int outer, const Visit &visit) {
     const Layout layout = layout_of(problem, branch, direction);
     const bool images = problem.lanes_are == Lanes::images, forward = direction == Direction::forward;
-    const int made = branch.out_channels / branch.groups;
-    for (int block = 0; block < layout.blocks; ++block)
-        for (int lane = 0; lane < layout.weight_lanes; ++lane) {
+    const int made = branch.out_channels / branch.groups, seen = branch.in_channels / branch.groups;
+    const int taps = branch.kernel * branch.kernel;
+    constexpr int taps_at_once = 8;
+    std::vector<std::ptrdiff_t> natural(std::size_t(layout.depth) * layout.weight_lanes);
+    for (int block = 0; block < layout.blocks; ++block) {
+        const int used = images ? 1 : std::min(lanes, (layout.results - block * layout.repeats) * layout.width);
+        for (int lane = 0; lane < used; ++lane) {
             const int group = images ? outer : outer * lanes + lane % layout.width;
             const int result = images ? block : block * layout.repeats + lane / layout.width;
-            if (result >= layout.results) continue;
             const Place result_place = place_of(problem, branch, !forward, group, result);
             for (int depth = 0; depth < layout.depth; ++depth) {
                 const Place source_place = place_of(problem, branch, forward, group, depth);
-                const int out = forward ? result_place.index : source_place.index;
-                const int in = forward ? source_place.index : result_place.index;
-                visit(block, lane, depth, result_place.group * made + out, in);
+                const int out = result_place.group * made + (forward ? result_place : source_place).index;
+                const int in = (forward ? source_place : result_place).index;
+                natural[std::size_t(depth) * used + lane] = (std::ptrdiff_t(out) * seen + in) * taps;
             }
         }
+        for (int tap_begin = 0; tap_begin < taps; tap_begin += taps_at_once)
+            for (int depth = 0; depth < layout.depth; ++depth)
+                for (int lane = 0; lane < used; ++lane)
+                    for (int tap = tap_begin; tap < std::min(taps, tap_begin + taps_at_once); ++tap)
+                        visit(block, lane, depth, natural[std::size_t(depth) * used + lane], tap);
+    }
 }
 
 }  // namespace
@@ -206,18 +215,18 @@ void pack_weights(const Problem &problem, Direction direction, const float *cons
         const Piece &piece = pieces[number];
         const Branch &branch = problem.branches[piece.branch];
         const Layout layout = layout_of(problem, branch, direction);
-        const int taps = branch.kernel * branch.kernel, seen = branch.in_channels / branch.groups;
+        const int taps = branch.kernel * branch.kernel;
         const std::ptrdiff_t block_size = std::ptrdiff_t(taps) * layout.depth * layout.weight_lanes;
         if (layout.blocks * layout.repeats != layout.results)
             std::memset(piece.to, 0, sizeof(float) * layout.blocks * block_size);
-        each_weight(problem, branch, direction, piece.outer, [&](int block, int lane, int depth, int out, int in) {
-            const int first = block / weight_block * weight_block, side = std::min(weight_block, layout.blocks - first);
-            const float *from = weights[piece.branch] + (std::ptrdiff_t(out) * seen + in) * taps;
-            float *to = piece.to + first * block_size +
-                        (std::ptrdiff_t(depth) * side + block - first) * layout.weight_lanes + lane;
-            const std::ptrdiff_t step = std::ptrdiff_t(layout.depth) * side * layout.weight_lanes;
-            for (int tap = 0; tap < taps; ++tap) to[tap * step] = from[tap];
-        });
+        each_weight(problem, branch, direction, piece.outer,
+                    [&](int block, int lane, int depth, std::ptrdiff_t natural, int tap) {
+                        const int first = block - block % weight_block;
+                        const int side = std::min(weight_block, layout.blocks - first);
+                        const std::ptrdiff_t row = (std::ptrdiff_t(tap) * layout.depth + depth) * side + block - first;
+                        piece.to[first * block_size + row * layout.weight_lanes + lane] =
+                            weights[piece.branch][natural + tap];
+                    });
     });
 }
 
@@ -344,7 +353,6 @@ void forward(const Problem &problem, const float *x, const float *packed, float 
             }
         units = std::move(parts);
     }
-    const int images = problem.lanes_are == Lanes::images ? lanes : 1;
     const std::size_t channels = problem.out_channels, bands = problem.forward_bands;
     std::vector<float> band_sums(bands > 1 ? problem.batch * bands * channels : 0);
     float *sums_of_bands = bands > 1 ? band_sums.data() : sums;
@@ -355,7 +363,6 @@ void forward(const Problem &problem, const float *x, const float *packed, float 
     share(int(units.size()), threads, [&](int unit, int) {
         kernels.forward(problem, units[unit], x, packed, y, sums_of_bands, scratch_of(source, 0, result));
     });
-    (void)images;
     if (bands > 1)
         for (int image = 0; image < problem.batch; ++image)
             for (std::size_t channel = 0; channel < channels; ++channel) {
@@ -423,25 +430,22 @@ void weight_gradient(const Problem &problem, const float *x, const float *dy, co
         const Piece &piece = pieces[number];
         const Branch &branch = problem.branches[piece.branch];
         const Layout layout = layout_of(problem, branch, Direction::forward);
-        const int taps = branch.kernel * branch.kernel, seen = branch.in_channels / branch.groups;
+        const int taps = branch.kernel * branch.kernel;
         const bool lanes_are_images = problem.lanes_are == Lanes::images;
         const float *from = sums.get() + starts[piece.branch] +
                             std::size_t(piece.outer) * taps * layout.depth * layout.blocks * lanes;
         each_weight(problem, branch, Direction::forward, piece.outer,
-                    [&](int block, int lane, int depth, int out, int in) {
-                        float *to = gradients[piece.branch] + (std::ptrdiff_t(out) * seen + in) * taps;
-                        for (int tap = 0; tap < taps; ++tap) {
-                            const float *at =
-                                from + ((std::size_t(tap) * layout.depth + depth) * layout.blocks + block) * lanes;
-                            float sum = 0;
-                            for (int share = 0; share < shares; ++share, at += size) {
-                                if (lanes_are_images)
-                                    for (int image = 0; image < lanes; ++image) sum += at[image];
-                                else
-                                    sum += at[lane];
-                            }
-                            to[tap] = sum;
+                    [&](int block, int lane, int depth, std::ptrdiff_t natural, int tap) {
+                        const float *at =
+                            from + ((std::size_t(tap) * layout.depth + depth) * layout.blocks + block) * lanes;
+                        float sum = 0;
+                        for (int share = 0; share < shares; ++share, at += size) {
+                            if (lanes_are_images)
+                                for (int image = 0; image < lanes; ++image) sum += at[image];
+                            else
+                                sum += at[lane];
                         }
+                        gradients[piece.branch][natural + tap] = sum;
                     });
     });
 }

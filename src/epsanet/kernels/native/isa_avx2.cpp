@@ -5,7 +5,8 @@
 
 namespace epsanet::avx2 {
 constexpr int max_pixels[] = {4, 2};
-constexpr int max_taps = 3;
+constexpr int max_taps = 3;                 // sums of a weight gradient held in registers
+constexpr bool weights_fit_registers = false;  // those of a whole kernel row
 
 struct Vector {
     __m256 low, high;

@@ -5,7 +5,8 @@
 
 namespace epsanet::avx512 {
 constexpr int max_pixels[] = {14, 14};  // output pixels held in registers, for one and two result vectors a pixel
-constexpr int max_taps = 8;
+constexpr int max_taps = 8;                 // sums of a weight gradient held in registers
+constexpr bool weights_fit_registers = true;  // those of a whole kernel row
 
 struct Vector {
     __m512 value;

@@ -3,7 +3,8 @@
 
 namespace epsanet::portable {
 constexpr int max_pixels[] = {4, 2};
-constexpr int max_taps = 3;
+constexpr int max_taps = 3;                 // sums of a weight gradient held in registers
+constexpr bool weights_fit_registers = false;  // those of a whole kernel row
 
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 

@@ -249,6 +249,78 @@ void accumulate(float *result, Offset result_pixel, Offset result_block, const f
         }
 }
 
+// The same with one result vector at a time, for whole rows of `columns` taps: a source vector is loaded once for all of
+// a row's taps, whose weights stay in registers. `columns` neighbouring taps start at each of `taps`.
+template <int width, int weight_lanes, int columns, int pixels>
+void accumulate_rows(float *result, Offset result_pixel, const float *source, Offset source_pixel,
+                     Offset source_channel, int depth, const Tap *taps, int tap_count, const float *weights,
+                     Offset weights_column, Offset weights_channel) {
+    Vector sum[pixels];
+#pragma GCC unroll 16
+    for (int p = 0; p < pixels; ++p) sum[p] = zero();
+    for (const Tap *tap = taps; tap < taps + tap_count; ++tap) {
+        const float *from = source + tap->source, *weight = weights + tap->weights;
+        for (int channel = 0; channel < depth; ++channel) {
+            Vector w[columns];
+#pragma GCC unroll 16
+            for (int c = 0; c < columns; ++c)
+                w[c] = weight_lanes == 1 ? repeat<1>(weight + c * weights_column) : load(weight + c * weights_column);
+#pragma GCC unroll 32
+            for (int q = 0; q < pixels + columns - 1; ++q) {
+                const Vector x = repeat<width>(from + q * source_pixel);
+#pragma GCC unroll 16
+                for (int c = 0; c < columns; ++c)
+                    if (q - c >= 0 && q - c < pixels) sum[q - c] = multiply_add(x, w[c], sum[q - c]);
+            }
+            from += source_channel;
+            weight += weights_channel;
+        }
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < pixels; ++p) {
+        float *to = result + p * result_pixel;
+        store(to, add(load(to), sum[p]));
+    }
+}
+
+using AccumulateRows = void (*)(float *, Offset, const float *, Offset, Offset, int, const Tap *, int, const float *,
+                                Offset, Offset);
+
+template <int width, int weight_lanes, int columns> AccumulateRows accumulate_rows_for(int pixels) {
+    AccumulateRows chosen = nullptr;
+#define EPSANET_PIXELS(count) \
+    if (pixels == count) chosen = accumulate_rows<width, weight_lanes, columns, count>;
+    EPSANET_PIXELS(4) EPSANET_PIXELS(5) EPSANET_PIXELS(6) EPSANET_PIXELS(7) EPSANET_PIXELS(8) EPSANET_PIXELS(9)
+    EPSANET_PIXELS(10) EPSANET_PIXELS(11) EPSANET_PIXELS(12) EPSANET_PIXELS(13) EPSANET_PIXELS(14)
+#undef EPSANET_PIXELS
+    return chosen;
+}
+
+template <int width, int weight_lanes> AccumulateRows accumulate_rows_for(int columns, int pixels) {
+    switch (columns) {
+        case 3: return accumulate_rows_for<width, weight_lanes, 3>(pixels);
+        case 5: return accumulate_rows_for<width, weight_lanes, 5>(pixels);
+        case 7: return accumulate_rows_for<width, weight_lanes, 7>(pixels);
+        case 9: return accumulate_rows_for<width, weight_lanes, 9>(pixels);
+        default: return nullptr;
+    }
+}
+
+// Null where there is no such loop: odd sizes, and instruction sets with too few registers.
+AccumulateRows accumulate_rows_of(const Layout &layout, int columns, int pixels) {
+    if constexpr (weights_fit_registers) {
+        if (layout.weight_lanes == 1) return accumulate_rows_for<16, 1>(columns, pixels);
+        switch (layout.width) {
+            case 1: return accumulate_rows_for<1, lanes>(columns, pixels);
+            case 2: return accumulate_rows_for<2, lanes>(columns, pixels);
+            case 4: return accumulate_rows_for<4, lanes>(columns, pixels);
+            case 8: return accumulate_rows_for<8, lanes>(columns, pixels);
+            default: return accumulate_rows_for<16, lanes>(columns, pixels);
+        }
+    }
+    return nullptr;
+}
+
 using Accumulate = void (*)(float *, Offset, Offset, const float *, Offset, Offset, int, const Tap *, int,
                             const float *);
 
@@ -349,6 +421,21 @@ void convolve(const Problem &problem, const Branch &branch, Direction direction,
                             float *to = result + outer * result_outer + block * result_block +
                                         (row - result_grid.first_row) * result_grid.row +
                                         (phase + Offset(first) * phases) * result_grid.pixel;
+                            const AccumulateRows run_rows =
+                                problem.stride == 1 && tap_count % kernel == 0 && (blocks == 1 || count >= 7)
+                                    ? accumulate_rows_of(layout, kernel, count)
+                                    : nullptr;
+                            if (run_rows) {
+                                // One tap a row is enough; backwards the last column of the kernel comes first.
+                                for (int t = 0; t < tap_count / kernel; ++t)
+                                    taps[t] = taps[t * kernel + (forward ? 0 : kernel - 1)];
+                                for (int b = 0; b < blocks; ++b)
+                                    run_rows(to + b * result_block, result_grid.pixel, source + outer * source_outer,
+                                             source_grid.pixel, source_channel, layout.depth, taps,
+                                             tap_count / kernel, block_weights + b * layout.weight_lanes,
+                                             forward ? weights_tap : -weights_tap, blocks * layout.weight_lanes);
+                                continue;
+                            }
                             const Accumulate run =
                                 blocks == 1 ? accumulate_of<1>(layout, count) : accumulate_of<2>(layout, count);
                             run(to, phases * result_grid.pixel, result_block, source + outer * source_outer,
@@ -462,6 +549,73 @@ void correlate(float *gradient, Offset gradient_tap, const float *source, Offset
         }
 }
 
+// The same for all columns of a kernel row and one channel: a source vector is loaded once for all columns. Three
+// columns alone would wait for each other's sums.
+template <int width, int columns, int at_once>
+inline void correlate_pixels(Vector *sum, const float *source, Offset source_pixel, const float *result,
+                             Offset result_pixel) {
+    Vector g[at_once];
+#pragma GCC unroll 16
+    for (int p = 0; p < at_once; ++p) g[p] = load(result + p * result_pixel);
+#pragma GCC unroll 32
+    for (int q = 0; q < at_once + columns - 1; ++q) {
+        const Vector x = repeat<width>(source + q * source_pixel);
+#pragma GCC unroll 16
+        for (int c = 0; c < columns; ++c)
+            if (q - c >= 0 && q - c < at_once) sum[c] = multiply_add(x, g[q - c], sum[c]);
+    }
+}
+
+template <int width, int columns>
+void correlate_rows(float *gradient, Offset gradient_column, const float *source, Offset source_pixel,
+                    Offset source_row, const float *result, Offset result_pixel, Offset result_row, int rows,
+                    int pixels) {
+    Vector sum[columns];
+#pragma GCC unroll 16
+    for (int c = 0; c < columns; ++c) sum[c] = zero();
+    for (int row = 0; row < rows; ++row, source += source_row, result += result_row) {
+        int pixel = 0;
+        for (; pixel + 7 <= pixels; pixel += 7)
+            correlate_pixels<width, columns, 7>(sum, source + pixel * source_pixel, source_pixel,
+                                                result + pixel * result_pixel, result_pixel);
+        for (; pixel + 4 <= pixels; pixel += 4)
+            correlate_pixels<width, columns, 4>(sum, source + pixel * source_pixel, source_pixel,
+                                                result + pixel * result_pixel, result_pixel);
+        for (; pixel < pixels; ++pixel)
+            correlate_pixels<width, columns, 1>(sum, source + pixel * source_pixel, source_pixel,
+                                                result + pixel * result_pixel, result_pixel);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < columns; ++c) {
+        float *to = gradient + c * gradient_column;
+        store(to, add(load(to), sum[c]));
+    }
+}
+
+using CorrelateRows = void (*)(float *, Offset, const float *, Offset, Offset, const float *, Offset, Offset, int, int);
+
+template <int width> CorrelateRows correlate_rows_for(int columns) {
+    switch (columns) {
+        case 5: return correlate_rows<width, 5>;
+        case 7: return correlate_rows<width, 7>;
+        case 9: return correlate_rows<width, 9>;
+        default: return nullptr;
+    }
+}
+
+CorrelateRows correlate_rows_of(int width, int columns) {
+    if constexpr (weights_fit_registers) {
+        switch (width) {
+            case 1: return correlate_rows_for<1>(columns);
+            case 2: return correlate_rows_for<2>(columns);
+            case 4: return correlate_rows_for<4>(columns);
+            case 8: return correlate_rows_for<8>(columns);
+            default: return correlate_rows_for<16>(columns);
+        }
+    }
+    return nullptr;
+}
+
 using Correlate = void (*)(float *, Offset, const float *, Offset, Offset, const Offset *, const float *, Offset,
                            Offset, Offset, int, int);
 
@@ -530,6 +684,17 @@ void weight_gradient(const Problem &problem, const Unit &unit, const float *x, c
                                            branch.out_place * result.channel + outer * result_outer +
                                            (begin - unit.row_begin) * result.row;
                     float *to = gradient + Offset(outer * kernel + ky) * pairs * gradient_tap;
+                    const CorrelateRows run_rows =
+                        stride == 1 && kernel >= 5 && layout.blocks <= 2 ? correlate_rows_of(layout.width, kernel) : nullptr;
+                    if (run_rows) {
+                        for (int channel = 0; channel < layout.depth; ++channel)
+                            for (int block = 0; block < layout.blocks; ++block)
+                                run_rows(to + channel * gradient_tap + block * lanes, layout.depth * gradient_tap,
+                                         from + channel * source_channel, source.pixel, source.row,
+                                         dy_from + block * result_block, result.pixel, result.row, end - begin,
+                                         problem.out_width);
+                        continue;
+                    }
                     for (int pair = 0; pair < pairs; pair += max_taps) {
                         const int taps = least(max_taps, pairs - pair);
                         Offset offsets[max_taps];
