@@ -6,7 +6,13 @@ otherwise. See ``docs/speed.md``.
 """
 
 from epsanet.kernels.choice import Choice, available, instruction_set, instruction_sets, set_instruction_set, use
-from epsanet.kernels.operators import pyramid_convolution, reason_against, serves
+from epsanet.kernels.operators import (
+    pack_for_inference,
+    pyramid_attention,
+    pyramid_convolution,
+    reason_against,
+    serves,
+)
 from epsanet.kernels.order import input_order, output_order
 
 __all__ = [
@@ -16,6 +22,8 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "output_order",
+    "pack_for_inference",
+    "pyramid_attention",
     "pyramid_convolution",
     "reason_against",
     "serves",

@@ -5,6 +5,7 @@ from torch import Tensor
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str) -> None: ...
+def fingerprint(weights: Sequence[Tensor]) -> int: ...
 
 class Layer:
     def __init__(
@@ -21,6 +22,22 @@ class Layer:
     def packed_size(self, backward: bool) -> int: ...
     def pack(self, weights: Sequence[Tensor], packed: Tensor, backward: bool, threads: int) -> None: ...
     def forward(self, x: Tensor, packed: Tensor, y: Tensor, sums: Tensor, ordered: bool, threads: int) -> None: ...
+    def infer(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        y: Tensor,
+        over_scales: bool,
+        relu: bool,
+        ordered: bool,
+        threads: int,
+    ) -> None: ...
     def input_gradient(
         self, dy: Tensor, dsums: Tensor | None, packed: Tensor, dx: Tensor, ordered: bool, threads: int
     ) -> None: ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from epsanet.kernels.order import input_order, nests, output_order
 if TYPE_CHECKING:
     from epsanet.kernels._native import Layer
 
-__all__ = ["pyramid_convolution", "reason_against", "serves"]
+__all__ = ["pack_for_inference", "pyramid_attention", "pyramid_convolution", "reason_against", "serves"]
 
 _MAX_KERNEL, _MAX_BRANCHES, _MAX_STRIDE = 31, 8, 8
 _LANES = 16
@@ -167,24 +167,20 @@ class _Call:
 
     def packed(self, backward: bool) -> Tensor:
         """The weights as the lanes want them, from the cache unless one of them has changed since."""
-        first = self.given_weights[0]
-        cacheable = not any(weight.is_inference() for weight in self.given_weights)
-        state = None
-        key = (id(self.layer), backward)
-        if cacheable:
-            state = tuple((weight._version, weight.data_ptr()) for weight in self.given_weights)
-            known = _packed_weights.setdefault(first, {}).get(key)
-            if known is not None and known[0] == state:
-                return known[1]
+        # The version counter alone does not do: torch's fused optimisers leave it as it is.
+        state = choice.native.fingerprint(self.weights)
+        first, key = self.given_weights[0], (id(self.layer), backward)
+        known = _packed_weights.get(first, {}).get(key)
+        if known is not None and known[0] == state:
+            return known[1]
         packed = torch.empty(self.layer.packed_size(backward))
         self.layer.pack(self.weights, packed, backward, self.threads)
-        if state is not None:
-            _packed_weights[first][key] = (state, packed)
+        _packed_weights.setdefault(first, {})[key] = (state, packed)
         return packed
 
 
-_Packed = dict[tuple[int, bool], tuple[tuple[tuple[int, int], ...], Tensor]]
-_packed_weights: Any = WeakTensorKeyDictionary()  # of _Packed, by a layer's first weight
+_Packed = dict[tuple[int, bool], tuple[int, Tensor]]
+_packed_weights: MutableMapping[Tensor, _Packed] = WeakTensorKeyDictionary()  # by a layer's first weight
 
 
 def _channels_last(x_NCHW: Tensor) -> Tensor:
@@ -290,6 +286,87 @@ def _(
     ordered: bool,
 ) -> list[Tensor]:
     return [torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for weight in weights]
+
+
+@torch.library.custom_op("epsanet::pyramid_attention", mutates_args=(), device_types="cpu")
+def pyramid_attention(
+    x: Tensor,
+    packed: Tensor,
+    squeeze_excite: list[Tensor],
+    scale: Tensor,
+    shift: Tensor,
+    kernel_sizes: list[int],
+    groups: list[int],
+    stride: int,
+    split: bool,
+    softmax_over_scales: bool,
+    relu: bool,
+    ordered: bool,
+) -> Tensor:
+    """A whole PSA module, the norm and the activation after it, for inference; arguments from ``pack_for_inference``.
+
+    Args:
+        x: N, C, H, W, float32 on a CPU.
+        packed: the branches' weights as ``pack_for_inference`` lays them out.
+        squeeze_excite: fc1's weight and bias, fc2's weight and bias; weights as matrices.
+        scale: of the norm, K numbers in the order of the output's channels.
+        shift: of the norm.
+        kernel_sizes: of each branch.
+        groups: of each branch.
+        stride: of all branches.
+        split: whether branch ``i`` sees only its own share of the channels.
+        softmax_over_scales: or over the channels of each branch.
+        relu: whether ReLU follows.
+        ordered: whether channels of input and output are in the lane order.
+
+    Returns:
+        N, K, H', W', channels-last.
+    """
+    batch, channels, height, width = x.shape
+    layer = _layer(channels, scale.shape[0], tuple(kernel_sizes), tuple(groups), stride, split, False)
+    y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), scale.shape[0])
+    layer.infer(
+        _channels_last(x),
+        packed,
+        *squeeze_excite,
+        scale,
+        shift,
+        y_NHWK,
+        softmax_over_scales,
+        relu,
+        ordered,
+        torch.get_num_threads(),
+    )
+    return y_NHWK.permute(0, 3, 1, 2)
+
+
+@pyramid_attention.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    squeeze_excite: list[Tensor],
+    scale: Tensor,
+    shift: Tensor,
+    kernel_sizes: list[int],
+    groups: list[int],
+    stride: int,
+    split: bool,
+    softmax_over_scales: bool,
+    relu: bool,
+    ordered: bool,
+) -> Tensor:
+    batch, _, height, width = x.shape
+    y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), scale.shape[0])
+    return y_NHWK.permute(0, 3, 1, 2)
+
+
+def pack_for_inference(weights: Sequence[Tensor], in_channels: int, groups: Sequence[int], split: bool) -> Tensor:
+    """The branches' weights as ``pyramid_attention`` wants them; the same for every stride and size of image."""
+    kernel_sizes, out_channels = tuple(weight.shape[-1] for weight in weights), weights[0].shape[0] * len(weights)
+    layer = _layer(in_channels, out_channels, kernel_sizes, tuple(groups), 1, split, False)
+    packed = torch.empty(layer.packed_size(backward=False))
+    layer.pack([weight.detach().contiguous() for weight in weights], packed, False, torch.get_num_threads())
+    return packed
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -79,6 +79,28 @@ class Layer {
         epsanet::forward(layer, x.data(), packed.data(), y.data(), sums.data(), threads);
     }
 
+    // Convolutions, attention, norm and activation of an inference network.
+    void infer(Image x, Row packed, Matrix fc1_weight, Row fc1_bias, Matrix fc2_weight, Row fc2_bias, Row scale,
+               Row shift, Buffer<float, nb::ndim<4>> y, bool over_scales, bool relu, bool ordered,
+               int threads) const {
+        const Problem layer = problem_of(x, ordered);
+        check_packed(packed, false);
+        check_result(layer, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
+        const std::size_t channels = layer.out_channels, each = channels / branches_.size();
+        const std::size_t hidden = fc1_weight.shape(0);
+        require(fc1_weight.shape(1) == each && fc1_bias.size() == hidden && fc2_weight.shape(0) == each &&
+                    fc2_weight.shape(1) == hidden && fc2_bias.size() == each,
+                "the SEWeight's maps must be hidden × D and D × hidden");
+        require(scale.size() == channels && shift.size() == channels, "scale and shift must have K entries");
+        const Attention attention{fc1_weight.data(), fc1_bias.data(), fc2_weight.data(), fc2_bias.data(),
+                                  int(hidden),       over_scales,     scale.data(),      shift.data(),
+                                  relu};
+        const nb::gil_scoped_release release;
+        std::vector<float> sums(layer.batch * channels);
+        epsanet::forward(layer, x.data(), packed.data(), y.data(), sums.data(), threads);
+        recalibrate(layer, attention, sums.data(), y.data(), threads);
+    }
+
     void input_gradient(Image dy, std::optional<Matrix> dsums, Row packed, Buffer<float, nb::ndim<4>> dx,
                         bool ordered, int threads) const {
         const Problem layer = problem_of(dx, ordered);
@@ -147,6 +169,15 @@ NB_MODULE(_native, module) {
     module.def("instruction_sets", &instruction_sets);
     module.def("instruction_set", &instruction_set);
     module.def("set_instruction_set", &set_instruction_set, nb::arg("name"));
+    module.def(
+        "fingerprint",
+        [](const Weights &weights) {
+            const nb::gil_scoped_release release;
+            std::uint64_t number = 0xcbf29ce484222325;
+            for (const Weight &weight : weights) number = fingerprint(weight.data(), weight.size(), number);
+            return number;
+        },
+        nb::arg("weights").noconvert());
     nb::class_<Layer>(module, "Layer")
         .def(nb::init<int, int, const std::vector<int> &, const std::vector<int> &, int, bool,
                       std::vector<std::int32_t>, std::vector<std::int32_t>>(),
@@ -156,6 +187,10 @@ NB_MODULE(_native, module) {
         .def("pack", &Layer::pack, nb::arg("weights").noconvert(), nb::arg("packed").noconvert(), nb::arg("backward"), nb::arg("threads"))
         .def("forward", &Layer::forward, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
              nb::arg("y").noconvert(), nb::arg("sums").noconvert(), nb::arg("ordered"), nb::arg("threads"))
+        .def("infer", &Layer::infer, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
+             nb::arg("fc1_weight").noconvert(), nb::arg("fc1_bias").noconvert(), nb::arg("fc2_weight").noconvert(),
+             nb::arg("fc2_bias").noconvert(), nb::arg("scale").noconvert(), nb::arg("shift").noconvert(),
+             nb::arg("y").noconvert(), nb::arg("over_scales"), nb::arg("relu"), nb::arg("ordered"), nb::arg("threads"))
         .def("input_gradient", &Layer::input_gradient, nb::arg("dy").noconvert(), nb::arg("dsums").none(),
              nb::arg("packed").noconvert(), nb::arg("dx").noconvert(), nb::arg("ordered"), nb::arg("threads"))
         .def("weight_gradient", &Layer::weight_gradient, nb::arg("x").noconvert(), nb::arg("dy").noconvert(),

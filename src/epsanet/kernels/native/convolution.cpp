@@ -1,6 +1,7 @@
 #include "convolution.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -230,6 +231,27 @@ void pack_weights(const Problem &problem, Direction direction, const float *cons
     });
 }
 
+std::uint64_t fingerprint(const float *values, std::size_t count, std::uint64_t before) {
+    // Four chains of multiply and exclusive-or (FNV-1a over eight bytes at a time) keep up with memory.
+    constexpr std::uint64_t prime = 0x100000001b3;
+    std::uint64_t chains[4] = {before, before ^ 1, before ^ 2, before ^ 3};
+    std::size_t at = 0;
+    for (; at + 8 <= count; at += 8)
+        for (int chain = 0; chain < 4; ++chain) {
+            std::uint64_t bits;
+            std::memcpy(&bits, values + at + 2 * chain, sizeof bits);
+            chains[chain] = (chains[chain] ^ bits ^ (chains[chain] >> 29)) * prime;
+        }
+    for (; at < count; ++at) {
+        std::uint32_t bits;
+        std::memcpy(&bits, values + at, sizeof bits);
+        chains[0] = (chains[0] ^ bits ^ (chains[0] >> 29)) * prime;
+    }
+    std::uint64_t all = count;
+    for (const std::uint64_t chain : chains) all = (all ^ chain ^ (all >> 29)) * prime;
+    return all ^ (all >> 32);
+}
+
 // ---------------------------------------------------------------------------------------------------------- dispatch
 
 namespace {
@@ -371,6 +393,59 @@ void forward(const Problem &problem, const float *x, const float *packed, float 
                     sum += sums_of_bands[(image * bands + band) * channels + channel];
                 sums[image * channels + channel] = sum;
             }
+}
+
+namespace {
+
+// softmax(sigmoid(W2 relu(W1 g + b1) + b2)) of one image, in natural order: section 3.2, equations 6 to 8.
+void attend(const Problem &problem, const Attention &attention, const float *sums, float *weights) {
+    const int branches = problem.branch_count, channels = problem.out_channels / branches;
+    const float share = 1.0f / (float(problem.out_height) * float(problem.out_width));
+    std::vector<float> pooled(problem.out_channels), hidden(attention.hidden);
+    for (int c = 0; c < problem.out_channels; ++c)
+        pooled[problem.ordered ? problem.out_order[c] : c] = sums[c] * share;
+    for (int b = 0; b < branches; ++b) {
+        const float *in = pooled.data() + b * channels;
+        for (int h = 0; h < attention.hidden; ++h) {
+            float sum = attention.fc1_bias[h];
+            for (int c = 0; c < channels; ++c) sum += attention.fc1_weight[h * channels + c] * in[c];
+            hidden[h] = std::max(sum, 0.0f);
+        }
+        for (int c = 0; c < channels; ++c) {
+            float sum = attention.fc2_bias[c];
+            for (int h = 0; h < attention.hidden; ++h)
+                sum += attention.fc2_weight[c * attention.hidden + h] * hidden[h];
+            // The sigmoid lies between 0 and 1, so its exponential needs no shift.
+            weights[b * channels + c] = std::exp(1 / (1 + std::exp(-sum)));
+        }
+    }
+    const int sets = attention.over_scales ? channels : branches, members = attention.over_scales ? branches : channels;
+    const int set_step = attention.over_scales ? 1 : channels, member_step = attention.over_scales ? channels : 1;
+    for (int set = 0; set < sets; ++set) {
+        float total = 0;
+        for (int m = 0; m < members; ++m) total += weights[set * set_step + m * member_step];
+        for (int m = 0; m < members; ++m) weights[set * set_step + m * member_step] /= total;
+    }
+}
+
+}  // namespace
+
+void recalibrate(const Problem &problem, const Attention &attention, const float *sums, float *y, int threads) {
+    const int pixels = problem.out_height * problem.out_width, channels = problem.out_channels;
+    // Single images are cut, so that threads can share them; each piece repeats the small attention.
+    const int pieces = problem.batch >= 2 * threads || pixels < 256 ? 1 : 4;
+    if (double(problem.batch) * pixels * channels < 65536) threads = 1;
+    const Kernels &kernels = *chosen_kernels();
+    share(problem.batch * pieces, threads, [&](int number, int) {
+        const int image = number / pieces, piece = number % pieces;
+        std::vector<float> weights(channels), scale(channels);
+        attend(problem, attention, sums + std::ptrdiff_t(image) * channels, weights.data());
+        for (int c = 0; c < channels; ++c)
+            scale[c] = weights[problem.ordered ? problem.out_order[c] : c] * attention.scale[c];
+        const int begin = int(std::ptrdiff_t(pixels) * piece / pieces), end = int(std::ptrdiff_t(pixels) * (piece + 1) / pieces);
+        kernels.rescale(y + (std::ptrdiff_t(image) * pixels + begin) * channels, end - begin, channels, scale.data(),
+                        attention.shift, attention.relu);
+    });
 }
 
 void input_gradient(const Problem &problem, const float *dy, const float *add, const float *packed, float *dx,

@@ -21,6 +21,11 @@ static inline Vector add(Vector a, Vector b) { return {_mm256_add_ps(a.low, b.lo
 static inline Vector multiply_add(Vector a, Vector b, Vector sum) {
     return {_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high)};
 }
+// ReLU; the second operand is what a NaN passes through.
+static inline Vector positive(Vector v) {
+    const __m256 none = _mm256_setzero_ps();
+    return {_mm256_max_ps(none, v.low), _mm256_max_ps(none, v.high)};
+}
 
 template <int width> static inline Vector repeat(const float *from) {
     if constexpr (width == 16) return load(from);

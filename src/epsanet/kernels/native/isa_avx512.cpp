@@ -16,6 +16,8 @@ static inline Vector load(const float *from) { return {_mm512_loadu_ps(from)}; }
 static inline void store(float *to, Vector v) { _mm512_storeu_ps(to, v.value); }
 static inline Vector add(Vector a, Vector b) { return {_mm512_add_ps(a.value, b.value)}; }
 static inline Vector multiply_add(Vector a, Vector b, Vector sum) { return {_mm512_fmadd_ps(a.value, b.value, sum.value)}; }
+// ReLU; the second operand is what a NaN passes through.
+static inline Vector positive(Vector v) { return {_mm512_max_ps(_mm512_setzero_ps(), v.value)}; }
 
 // The same `width` floats repeated over all lanes; a broadcast from memory costs no shuffle.
 template <int width> static inline Vector repeat(const float *from) {

@@ -29,6 +29,12 @@ static inline Vector multiply_add(const Vector &a, const Vector &b, const Vector
     for (int q = 0; q < 4; ++q) sum.part[q] = a.part[q] * b.part[q] + c.part[q];
     return sum;
 }
+static inline Vector positive(const Vector &v) {
+    Vector result;
+    for (int q = 0; q < 4; ++q)
+        for (int lane = 0; lane < 4; ++lane) result.part[q][lane] = v.part[q][lane] < 0 ? 0 : v.part[q][lane];
+    return result;
+}
 
 template <int width> static inline Vector repeat(const float *from) {
     if constexpr (width == 1) {

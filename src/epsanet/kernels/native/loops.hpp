@@ -714,6 +714,23 @@ void weight_gradient(const Problem &problem, const Unit &unit, const float *x, c
     }
 }
 
+// ----------------------------------------------------------------------------------------------- after the attention
+
+void rescale(float *y, int pixels, int channels, const float *scale, const float *shift, bool relu) {
+    for (int pixel = 0; pixel < pixels; ++pixel, y += channels) {
+        int c = 0;
+        for (; c + lanes <= channels; c += lanes) {
+            const Vector value = multiply_add(load(y + c), load(scale + c), load(shift + c));
+            store(y + c, relu ? positive(value) : value);
+        }
+        for (; c < channels; ++c) {
+            const float value = y[c] * scale[c] + shift[c];
+            // Written so that a NaN stays one.
+            y[c] = relu && value < 0 ? 0 : value;
+        }
+    }
+}
+
 }  // namespace
 }  // namespace EPSANET_ISA
 
@@ -723,5 +740,6 @@ void weight_gradient(const Problem &problem, const Unit &unit, const float *x, c
 #define EPSANET_TEXT(a) EPSANET_TEXT_(a)
 extern const Kernels EPSANET_JOIN(kernels_, EPSANET_ISA);
 const Kernels EPSANET_JOIN(kernels_, EPSANET_ISA) = {EPSANET_TEXT(EPSANET_ISA), EPSANET_ISA::forward,
-                                                     EPSANET_ISA::input_gradient, EPSANET_ISA::weight_gradient};
+                                                     EPSANET_ISA::input_gradient, EPSANET_ISA::weight_gradient,
+                                                     EPSANET_ISA::rescale};
 }  // namespace epsanet

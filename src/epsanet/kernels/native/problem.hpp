@@ -73,6 +73,8 @@ struct Kernels {
                            float *dx, const Scratch &);
     void (*weight_gradient)(const Problem &, const Unit &, const float *x, const float *dy, const float *add,
                             float *gradient, const Scratch &);
+    // y = y · scale + shift for every pixel of one image, then ReLU if asked for.
+    void (*rescale)(float *y, int pixels, int channels, const float *scale, const float *shift, bool relu);
 };
 
 extern const Kernels kernels_portable;
