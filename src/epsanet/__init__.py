@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from epsanet.deploy.optimize import optimize
     from epsanet.network.epsanet import EPSABasicBlock, EPSABlock, EPSANet
     from epsanet.network.psa import PSA, SPC, SEWeight, fit_groups
     from epsanet.network.replace import psa_replace
@@ -31,10 +32,11 @@ _HOMES = {
     "SEWeight": "epsanet.network.psa",
     "SPC": "epsanet.network.psa",
     "fit_groups": "epsanet.network.psa",
+    "optimize": "epsanet.deploy.optimize",
     "psa_replace": "epsanet.network.replace",
 }
 
-__all__ = ["PSA", "SPC", "EPSABasicBlock", "EPSABlock", "EPSANet", "SEWeight", "fit_groups", "psa_replace"]
+__all__ = ["PSA", "SPC", "EPSABasicBlock", "EPSABlock", "EPSANet", "SEWeight", "fit_groups", "optimize", "psa_replace"]
 
 
 def __getattr__(name: str) -> Any:
