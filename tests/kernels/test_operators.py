@@ -60,9 +60,7 @@ def test_psa_gives_the_same_values_and_gradients_natively(stride: int, split: bo
 @pytest.mark.parametrize("batch", [2, 9])
 def test_opcheck_finds_nothing_wrong(batch: int) -> None:
     x = torch.randn(batch, 64, 7, 6, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.epsanet.pyramid_convolution.default, (x, make_weights(), GROUPS, 2, False, False)
-    )
+    torch.library.opcheck(torch.ops.epsanet.pyramid_convolution.default, (x, make_weights(), GROUPS, 2, False, False))
     weights = [weight.detach() for weight in make_weights()]
     dy, dsums = torch.randn(batch, 64, 7, 6), torch.randn(batch, 64)
     torch.library.opcheck(
@@ -262,7 +260,7 @@ def test_buffers_of_the_wrong_type_shape_or_layout_raise() -> None:
         (x, packed, y, sums[:1]),
         (torch.zeros(2, 5, 5, 8), packed, y, sums),
     ):
-        with pytest.raises(ValueError, match="must|size"):
+        with pytest.raises(ValueError, match=r"must|size"):
             layer.forward(*wrong, False, 1)
     with pytest.raises(ValueError, match="D × C"):
         layer.pack([torch.zeros(16, 8, 3, 3)], packed, False, 1)

@@ -115,27 +115,31 @@ def check_against_float64(layer: Layer, batch: int, height: int, width: int, tog
 
 
 @pytest.mark.parametrize("layer", registered_layers(), ids=str)
-def test_every_layer_of_every_variant_agrees_with_float64(layer: Layer, instruction_set: str) -> None:
+@pytest.mark.usefixtures("instruction_set")
+def test_every_layer_of_every_variant_agrees_with_float64(layer: Layer) -> None:
     torch.manual_seed(0)
     size = (9, 11) if layer.in_channels <= 256 else (7, 7)
     check_against_float64(layer, 2, *size)
 
 
 @pytest.mark.parametrize("layer", [layer for layer in registered_layers() if layer.in_channels <= 32], ids=str)
-def test_narrow_layers_agree_when_lanes_are_images(layer: Layer, instruction_set: str) -> None:
+@pytest.mark.usefixtures("instruction_set")
+def test_narrow_layers_agree_when_lanes_are_images(layer: Layer) -> None:
     torch.manual_seed(0)
     check_against_float64(layer, 19, 8, 7)
 
 
 @pytest.mark.parametrize("size", [(56, 56), (33, 62), (1, 1), (2, 70), (70, 2), (4, 4)], ids=str)
-def test_sizes_from_one_pixel_to_many_bands_agree(size: tuple[int, int], instruction_set: str) -> None:
+@pytest.mark.usefixtures("instruction_set")
+def test_sizes_from_one_pixel_to_many_bands_agree(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     check_against_float64(Layer(64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, False), 1, *size)
     check_against_float64(Layer(16, 16, (3, 5, 7, 9), (1, 4, 4, 4), 1, False), 9, *size)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("threads_used", [1, 2, 3, 4])
-def test_batches_of_1_to_33_agree_on_any_number_of_threads(threads_used: int, threads: None) -> None:
+def test_batches_of_1_to_33_agree_on_any_number_of_threads(threads_used: int) -> None:
     torch.manual_seed(threads_used)
     torch.set_num_threads(threads_used)
     for batch in range(threads_used, 34, 4):
@@ -178,7 +182,8 @@ def test_random_layers_agree_with_float64(
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
-def test_repeated_runs_give_the_same_bits(batch: int, instruction_set: str) -> None:
+@pytest.mark.usefixtures("instruction_set")
+def test_repeated_runs_give_the_same_bits(batch: int) -> None:
     torch.manual_seed(0)
     for layer in (
         Layer(64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, False),
@@ -193,7 +198,8 @@ def test_repeated_runs_give_the_same_bits(batch: int, instruction_set: str) -> N
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
-def test_the_lane_order_is_a_permutation_that_the_kernels_undo(instruction_set: str) -> None:
+@pytest.mark.usefixtures("instruction_set")
+def test_the_lane_order_is_a_permutation_that_the_kernels_undo() -> None:
     torch.manual_seed(0)
     for layer in registered_layers():
         if layer.in_channels > 256 or layer.stride != 1:

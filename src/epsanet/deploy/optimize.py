@@ -62,7 +62,8 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
     for name, tensor in (("example_input", example_input), *model.named_parameters()):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
             raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}; optimize is for float32 on the CPU, use model.float().cpu()"
+                f"{name} is {tensor.dtype} on {tensor.device}; optimize is for float32 on the CPU, "
+                "use model.float().cpu()"
             )
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
@@ -71,7 +72,7 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
         network = _fuse(_Tracer().trace_module(frozen), fuse_convolutions=not compile)
     except (fx.proxy.TraceError, TypeError, NotImplementedError):
         network = frozen  # control flow that depends on data cannot be traced
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last)
     if compile:
         network = torch.compile(network, options={"freezing": True})  # type: ignore[assignment]
     optimized = OptimizedNetwork(network).eval()
@@ -87,6 +88,9 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
 class _Attention(nn.Module):
     """A PSA module with the norm and ReLU after it, computed by one native operator."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, psa: PSA, norm: nn.BatchNorm2d | None, relu: bool) -> None:
         super().__init__()
         convs = [conv for conv in psa.spc.branches if isinstance(conv, nn.Conv2d)]
@@ -99,9 +103,7 @@ class _Attention(nn.Module):
         self.relu, self.ordered = relu, False
         weights = [conv.weight for conv in convs]
         out_channels = sum(conv.out_channels for conv in convs)
-        self.register_buffer(
-            "packed", kernels.pack_for_inference(weights, self.in_channels, self.groups, self.split)
-        )
+        self.register_buffer("packed", kernels.pack_for_inference(weights, self.in_channels, self.groups, self.split))
         for name, fc in (("fc1", psa.se.fc1), ("fc2", psa.se.fc2)):
             bias = fc.bias if fc.bias is not None else torch.zeros(fc.out_channels)
             self.register_buffer(f"{name}_weight", fc.weight.detach().flatten(1).contiguous())
@@ -194,7 +196,7 @@ class _Rewriter:
         self.layers: dict[str, nn.Module] = dict(network.named_modules())
 
     def layer(self, node: Any) -> nn.Module | None:
-        return self.layers[node.target] if isinstance(node, fx.Node) and node.op == "call_module" else None
+        return self.layers[str(node.target)] if isinstance(node, fx.Node) and node.op == "call_module" else None
 
     def replace(self, node: fx.Node, layer: nn.Module) -> None:
         parent, _, name = str(node.target).rpartition(".")
@@ -224,7 +226,7 @@ def _fuse(network: fx.GraphModule, fuse_convolutions: bool) -> nn.Module:
         rewriter.drop(node)
     _fold_norms(rewriter)
     _fuse_attention(rewriter)
-    if fuse_convolutions and torch.backends.mkldnn.is_available():
+    if fuse_convolutions and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         _fuse_residuals(rewriter)
     network.graph.lint()
     network.recompile()
@@ -237,7 +239,7 @@ def _fold_norms(rewriter: _Rewriter) -> None:
         before, norm = node.args[0], rewriter.layer(node)
         conv = rewriter.layer(before)
         if type(conv) is nn.Conv2d and _foldable(norm) and rewriter.only_user(before) is node:  # type: ignore[arg-type]
-            rewriter.replace(before, fuse_conv_bn_eval(conv, norm))  # type: ignore[arg-type, type-var]
+            rewriter.replace(before, fuse_conv_bn_eval(conv, norm))  # type: ignore[arg-type]
             rewriter.drop(node)
 
 
@@ -249,8 +251,12 @@ def _fuse_attention(rewriter: _Rewriter) -> None:
         split, groups = psa.spc.mode == "split", [conv.groups for conv in convs]
         seen = convs[0].in_channels * (len(convs) if split else 1)
         reason = kernels.reason_against(
-            torch.empty(1, seen, 1, 1), [conv.weight for conv in convs], groups, convs[0].stride[0],
-            convs[0].dilation[0], split,
+            torch.empty(1, seen, 1, 1),
+            [conv.weight for conv in convs],
+            groups,
+            convs[0].stride[0],
+            convs[0].dilation[0],
+            split,
         )
         if reason is not None:
             continue

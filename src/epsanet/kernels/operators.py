@@ -4,6 +4,8 @@ Registered with ``torch.library``, with shape propagation and autograd, so that 
 and autograd see ordinary operators. Dimensions are named as in ``epsanet.network.psa``.
 """
 
+# ruff: noqa: ARG001 - shape functions take every argument of their operator
+
 from __future__ import annotations
 
 import atexit
@@ -111,16 +113,14 @@ def pyramid_convolution(
     Raises:
         ValueError: for shapes that do not belong together.
     """
-    features, sums = torch.ops.epsanet.pyramid_convolution(
-        x_NCHW, list(weights), list(groups), stride, split, ordered
-    )
+    features, sums = torch.ops.epsanet.pyramid_convolution(x_NCHW, list(weights), list(groups), stride, split, ordered)
     return features, sums
 
 
 # ------------------------------------------------------------------------------------------------- layers and weights
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _layer(
     in_channels: int,
     out_channels: int,
@@ -233,9 +233,7 @@ def _input_gradient(
     call = _Call(batch, in_channels, weights, groups, stride, split, ordered)
     dx_NHWC = dy.new_empty(batch, height, width, in_channels)
     packed = call.packed(backward=True)
-    call.layer.input_gradient(
-        _channels_last(dy), dsums.detach().contiguous(), packed, dx_NHWC, ordered, call.threads
-    )
+    call.layer.input_gradient(_channels_last(dy), dsums.detach().contiguous(), packed, dx_NHWC, ordered, call.threads)
     return dx_NHWC.permute(0, 3, 1, 2)
 
 
@@ -325,10 +323,14 @@ def pyramid_attention(
     batch, channels, height, width = x.shape
     layer = _layer(channels, scale.shape[0], tuple(kernel_sizes), tuple(groups), stride, split, False)
     y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), scale.shape[0])
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = squeeze_excite
     layer.infer(
         _channels_last(x),
         packed,
-        *squeeze_excite,
+        fc1_weight,
+        fc1_bias,
+        fc2_weight,
+        fc2_bias,
         scale,
         shift,
         y_NHWK,

@@ -24,7 +24,8 @@ def nests(groups: Sequence[int]) -> bool:
 @functools.cache
 def _group_order(groups: tuple[int, ...]) -> tuple[int, ...]:
     """The group of the finest grouping in each of its lanes."""
-    order, coarse = (0,), 1
+    order: tuple[int, ...] = (0,)
+    coarse = 1
     for count in sorted(set(groups)):
         parts = count // coarse
         order = tuple(group * parts + part for part in range(parts) for group in order)
