@@ -17,26 +17,60 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from epsanet.data.config import DataConfig
     from epsanet.deploy.optimize import optimize
     from epsanet.network.epsanet import EPSABasicBlock, EPSABlock, EPSANet
     from epsanet.network.psa import PSA, SPC, SEWeight, fit_groups
     from epsanet.network.replace import psa_replace
+    from epsanet.network.weights import convert, load_model, save_model
+    from epsanet.tasks.config import TrainConfig, load_recipe
+    from epsanet.tasks.evaluate import evaluate
+    from epsanet.tasks.predict import predict
+    from epsanet.tasks.train import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DataConfig": "epsanet.data.config",
     "EPSABasicBlock": "epsanet.network.epsanet",
     "EPSABlock": "epsanet.network.epsanet",
     "EPSANet": "epsanet.network.epsanet",
     "PSA": "epsanet.network.psa",
     "SEWeight": "epsanet.network.psa",
     "SPC": "epsanet.network.psa",
+    "TrainConfig": "epsanet.tasks.config",
+    "convert": "epsanet.network.weights",
+    "evaluate": "epsanet.tasks.evaluate",
     "fit_groups": "epsanet.network.psa",
+    "load_model": "epsanet.network.weights",
+    "load_recipe": "epsanet.tasks.config",
     "optimize": "epsanet.deploy.optimize",
+    "predict": "epsanet.tasks.predict",
     "psa_replace": "epsanet.network.replace",
+    "save_model": "epsanet.network.weights",
+    "train": "epsanet.tasks.train",
 }
 
-__all__ = ["PSA", "SPC", "EPSABasicBlock", "EPSABlock", "EPSANet", "SEWeight", "fit_groups", "optimize", "psa_replace"]
+__all__ = [
+    "PSA",
+    "SPC",
+    "DataConfig",
+    "EPSABasicBlock",
+    "EPSABlock",
+    "EPSANet",
+    "SEWeight",
+    "TrainConfig",
+    "convert",
+    "evaluate",
+    "fit_groups",
+    "load_model",
+    "load_recipe",
+    "optimize",
+    "predict",
+    "psa_replace",
+    "save_model",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -53,7 +87,10 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
     """Registers the networks the moment ``timm.models`` has been imported, without importing it now."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002
+        target: ModuleType | None = None,  # noqa: ARG002
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "timm.models":
             return None

@@ -38,6 +38,8 @@ class EPSABlock(Bottleneck):
         ValueError: for a PSA module that cannot be built.
     """
 
+    conv2: Any
+
     def __init__(
         self,
         *args: Any,
@@ -58,6 +60,9 @@ class EPSABasicBlock(BasicBlock):
     Not in the paper; users of the released code ask for it. Arguments and errors are those of ``EPSABlock``, over
     timm's ``BasicBlock``.
     """
+
+    conv1: Any
+    conv2: Any
 
     def __init__(
         self,
@@ -92,6 +97,8 @@ class EPSANet(ResNet):
     Raises:
         ValueError: for an impossible stride, stem or PSA module.
     """
+
+    conv1: Any
 
     def __init__(
         self,
@@ -186,7 +193,7 @@ def _create_epsanet(variant: str, pretrained: bool, kwargs: dict[str, Any], **va
                 "a checkpoint of the released code (epsanet convert), or name a model folder: "
                 "timm.create_model('local-dir:FOLDER', pretrained=True)"
             )
-    return build_model_with_cfg(EPSANet, variant, pretrained, feature_cfg={"flatten_sequential": True}, **model_args)
+    return build_model_with_cfg(EPSANet, variant, pretrained, **model_args)
 
 
 # Table 2 gives the Large networks twice the width of Small and the same block outputs. Their published cost is met

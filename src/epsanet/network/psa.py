@@ -92,7 +92,11 @@ def fit_groups(
 
     Returns:
         One count a branch, each a divisor of the wanted one.
+
+    Raises:
+        ValueError: when there is no group count, or one below 1.
     """
+    _check_groups(groups)
     branches = len(groups)
     seen = in_channels if spc == "multiplex" else in_channels // branches
     return tuple(math.gcd(count, seen, out_channels // branches) for count in groups)
@@ -190,15 +194,17 @@ class SPC(nn.Module):
     def forward_and_squeeze(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``N, S, D, H', W'`` and their averages over space ``N, S, D``, from native kernels if they serve."""
         branches, split = len(self.branches), self.mode == "split"
-        convs = [branch for branch in self.branches if isinstance(branch, nn.Conv2d)]
-        weights, groups = [conv.weight for conv in convs], [conv.groups for conv in convs]
-        stride, dilation = convs[0].stride[0], convs[0].dilation[0]
-        if kernels.serves(x_NCHW, weights, groups, stride, dilation, split):
-            feats, sums = kernels.pyramid_convolution(x_NCHW, weights, groups, stride, split)
-            averages = sums / (feats.shape[2] * feats.shape[3])
-            return feats.unflatten(1, (branches, -1)), averages.unflatten(1, (branches, -1))
+        # A branch that someone has wrapped, or watches with a hook, has to be called.
+        convs = [b for b in self.branches if type(b) is nn.Conv2d and not b._forward_hooks and not b._forward_pre_hooks]
+        if len(convs) == branches:
+            weights, groups = [conv.weight for conv in convs], [conv.groups for conv in convs]
+            stride, dilation = convs[0].stride[0], convs[0].dilation[0]
+            if kernels.serves(x_NCHW, weights, groups, stride, dilation, split):
+                feats, sums = kernels.pyramid_convolution(x_NCHW, weights, groups, stride, split)
+                averages = sums / (feats.shape[2] * feats.shape[3])
+                return feats.unflatten(1, (branches, -1)), averages.unflatten(1, (branches, -1))
         inputs = x_NCHW.chunk(branches, dim=1) if split else (x_NCHW,) * branches
-        feats = torch.cat([conv(part) for conv, part in zip(convs, inputs, strict=True)], dim=1)
+        feats = torch.cat([branch(part) for branch, part in zip(self.branches, inputs, strict=True)], dim=1)
         feats_NSDHW = feats.unflatten(1, (branches, -1))
         return feats_NSDHW, feats_NSDHW.mean((-2, -1))
 
@@ -290,6 +296,7 @@ def psa_like(
     Raises:
         ValueError: when no such module can be built.
     """
+    _check_groups(groups)
     wanted = [max(count, conv.groups) for count in groups]
     return PSA(
         conv.in_channels,
@@ -310,6 +317,11 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}={value} is impossible; use 1 or more")
+
+
+def _check_groups(groups: Sequence[int]) -> None:
+    if not groups or min(groups) < 1:
+        raise ValueError(f"groups={tuple(groups)} is impossible; use 1 or more for each branch, for example {GROUPS}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -338,14 +350,14 @@ def _check_spc(
         )
     for kernel_size in kernel_sizes:
         if kernel_size < 1 or kernel_size % 2 == 0:
-            near = f"{kernel_size - 1} or {kernel_size + 1}" if kernel_size > 1 else "1 or 3"
-            raise ValueError(f"kernel size {kernel_size} in kernel_sizes={tuple(kernel_sizes)} is not odd; use {near}")
+            odd = f"{kernel_size - 1} or {kernel_size + 1}" if kernel_size > 1 else "1 or 3"
+            raise ValueError(f"kernel size {kernel_size} in kernel_sizes={tuple(kernel_sizes)} is not odd; use {odd}")
     names = ("out_channels",) if spc == "multiplex" else ("out_channels", "in_channels")
     for name, channels in zip(names, (out_channels, in_channels), strict=False):
         if channels % branches:
             below = channels - channels % branches
-            near = f"{below} or {below + branches}" if below else f"{branches}"
-            raise ValueError(f"{name}={channels} is not divisible by {branches} branches; use {near}")
+            multiples = f"{below} or {below + branches}" if below else f"{branches}"
+            raise ValueError(f"{name}={channels} is not divisible by {branches} branches; use {multiples}")
     seen, made = in_channels if spc == "multiplex" else in_channels // branches, out_channels // branches
     for kernel_size, count in zip(kernel_sizes, groups, strict=True):
         if count < 1 or seen % count or made % count:

@@ -1,0 +1,44 @@
+# Each target does all its set-up: a virtual environment in .venv, made anew when pyproject.toml changes.
+VENV := .venv
+BIN := $(VENV)/bin
+
+# What the demo trains on: make demo RECIPE=folder DATA=path/to/images
+RECIPE ?= digits
+DATA ?= digits
+
+.PHONY: help demo test lint bench docs clean
+
+help:
+	@echo "make demo   train and evaluate on the handwritten digits that are included"
+	@echo "make test   the test suite"
+	@echo "make lint   formatting, lint rules, types"
+	@echo "make docs   the documentation, into site/"
+	@echo "make bench  measurements, as tables"
+
+$(VENV)/.ready: pyproject.toml
+	rm -rf $(VENV)
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	rm -rf runs/demo
+	$(BIN)/epsanet train $(RECIPE) --data $(DATA) --output runs/demo
+	$(BIN)/epsanet evaluate runs/demo/model --data $(DATA)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.ready
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/cost.py
+
+clean:
+	rm -rf $(VENV) build dist site runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

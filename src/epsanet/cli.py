@@ -1,0 +1,321 @@
+"""The command line. Each command imports what it needs when it runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["main"]
+
+_HELP = {
+    "train": "train a classifier: epsanet train [RECIPE or YAML file] [flags]; digits without a recipe",
+    "evaluate": "accuracy of a model on a data set",
+    "predict": "class names and probabilities of images",
+    "models": "the networks, their cost, and the published figures beside",
+    "convert": "released checkpoint to model folder, or back",
+}
+_EXIT_USER, _EXIT_INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 2 for the user's mistakes, 130 after Ctrl-C.
+
+    Args:
+        arguments: of the command line, without the program's name.
+    """
+    words = _normalised(list(sys.argv[1:] if arguments is None else arguments))
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("epsanet: interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone
+        return 0
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"epsanet: {' '.join(str(error).split())}", file=sys.stderr)
+        return _EXIT_USER
+
+
+def _normalised(words: list[str]) -> list[str]:
+    """``--data.on-bad-image`` is ``--data.on_bad_image``, and ``--data X`` is short for ``--data.source X``."""
+    result = []
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            flag = "--" + flag[2:].replace("-", "_")
+            word = ("--data.source" if flag == "--data" else flag) + equals + value
+        result.append(word)
+    return result
+
+
+def _run(words: list[str]) -> int:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(
+        prog="epsanet",
+        description="EPSANet (Pyramid Squeeze Attention, ACCV 2022): train, evaluate, predict, convert.",
+        epilog="epsanet COMMAND --help lists a command's flags; --debug shows the traceback of an error.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subcommands(required=True, dest="command")
+    chosen = next((word for word in words if word in _HELP), None)
+    for name, text in _HELP.items():
+        sub = _PARSERS[name]() if name == chosen else ArgumentParser(exit_on_error=False)
+        sub.description = text
+        commands.add_subcommand(name, sub, help=text)
+    if chosen == "train":
+        words = _recipe_as_config(words)
+    try:
+        namespace = parser.parse_args(words)
+        values = parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise ValueError(f"{error}; see epsanet {chosen + ' ' if chosen else ''}--help") from error
+    except SystemExit as end:
+        return int(end.code or 0)
+    return _COMMANDS[namespace.command](vars(values[namespace.command]))
+
+
+def _version() -> str:
+    from epsanet import __version__
+
+    return f"epsanet {__version__}"
+
+
+def _describe_data(parser: ArgumentParser) -> ArgumentParser:
+    """Say in ``--help`` what ``--data`` means here."""
+    for action in parser._actions:
+        if "--data" in action.option_strings:
+            action.metavar, action.help = "SOURCE", "Short for --data.source."
+    return parser
+
+
+def _train_parser() -> ArgumentParser:
+    from epsanet.tasks.config import recipe_names, train_parser
+
+    parser = _describe_data(train_parser())
+    parser.add_argument("--resume", type=str | None, default=None, help="Run folder to go on from, in the same folder.")
+    parser.usage = f"epsanet train [RECIPE] [flags]\n\nRECIPE is {', '.join(recipe_names())} or a YAML file."
+    return parser
+
+
+def _data_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from epsanet.data.config import DataConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("model", type=str, help="Model or run folder, checkpoint, hf-hub:USER/NAME, or name in timm.")
+    parser.add_class_arguments(DataConfig, "data")
+    return _describe_data(parser)
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _data_parser()
+    parser.add_argument("--split", type=str | None, default=None, help="train, val or test; test or val if left out.")
+    _add_device(parser)
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
+    return parser
+
+
+def _predict_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("model", type=str, help="Model or run folder, checkpoint, hf-hub:USER/NAME, or name in timm.")
+    parser.add_argument("images", type=str, nargs="+", help="Files, folders or glob patterns.")
+    parser.add_argument("--output", type=str | None, default=None, help="Write x.csv, x.json or x.parquet instead.")
+    parser.add_argument("--topk", type=int, default=5, help="Classes an image.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Images at a time.")
+    parser.add_argument("--workers", type=int, default=0, help="Processes that read images.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+    return parser
+
+
+def _models_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--json", action="store_true", help="Print the table as JSON.")
+    return parser
+
+
+def _convert_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("source", type=str, help="Checkpoint of the released code, or a model folder.")
+    parser.add_argument("destination", type=str, help="Folder to write, or a file that ends in .pth or .pth.tar.")
+    parser.add_argument("--data_parallel", action="store_true", help="Put module. before each name of a checkpoint.")
+    return parser
+
+
+def _add_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+    parser.add_argument("--precision", type=str, default="32-true", help="32-true, bf16-mixed or 16-mixed.")
+
+
+def _recipe_as_config(words: list[str]) -> list[str]:
+    """``train RECIPE`` is ``train --config PATH``; ``--resume RUN`` reads the run's own; ``digits`` is the default."""
+    from epsanet.tasks.config import recipe_path
+
+    place = words.index("train") + 1
+    named = place < len(words) and not words[place].startswith("-")
+    flags = words[place + named :]
+    resume = next((_flag_value(flags, place) for place, word in enumerate(flags) if word.startswith("--resume")), None)
+    if resume is not None and named:
+        raise ValueError("--resume goes on with the run's own recipe; leave the recipe out")
+    if any(word.startswith(("--config", "-h", "--help")) for word in flags) and not named:
+        return words
+    if resume is None:
+        return [*words[:place], f"--config={recipe_path(words[place] if named else 'digits')}", *flags]
+    from pathlib import Path
+
+    if not (Path(resume) / "config.yaml").is_file():
+        raise ValueError(f"{resume} is no run folder: it has no config.yaml; --resume takes a folder made by training")
+    return [*words[:place], f"--config={Path(resume) / 'config.yaml'}", *flags]
+
+
+def _flag_value(words: list[str], place: int) -> str:
+    _, equals, value = words[place].partition("=")
+    if not equals:
+        value = words[place + 1] if place + 1 < len(words) else ""
+    return value
+
+
+def _train(values: dict[str, Any]) -> int:
+    from epsanet.tasks.config import TrainConfig
+    from epsanet.tasks.train import TrainingInterrupted, train
+
+    resume = values.pop("resume")
+    values.pop("config")
+    try:
+        train(TrainConfig(**values), resume=resume)
+    except TrainingInterrupted as stop:
+        print(stop)
+        return _EXIT_INTERRUPTED
+    return 0
+
+
+def _evaluate(values: dict[str, Any]) -> int:
+    from rich.table import Table
+
+    from epsanet.tasks.console import console
+    from epsanet.tasks.evaluate import evaluate
+
+    as_json = values.pop("json")
+    result = evaluate(values.pop("model"), values.pop("data"), **values)
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2, ensure_ascii=False))
+        return 0
+    table = Table("class", "images", "top-1 [%]", title=f"{result.images:,} images")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, (images, accuracy) in result.per_class.items():
+        table.add_row(name, f"{images:,}", f"{accuracy:.2f}")
+    console.print(table)
+    console.print(f"{result}; top-5 {result.top5:.2f} %, loss {result.loss:.4f}")
+    return 0
+
+
+def _predict(values: dict[str, Any]) -> int:
+    from rich.table import Table
+
+    from epsanet.tasks.console import console, messages, track
+    from epsanet.tasks.predict import find_images, predict, write_predictions
+
+    output, topk = values.pop("output"), values["topk"]
+    paths = find_images(values.pop("images"))
+    rows = predict(values.pop("model"), paths, **values)
+    if output is not None:
+        rows = write_predictions(output, rows, topk)
+    table = Table("image", *(f"{place}." for place in range(1, topk + 1)))
+    failed = 0
+    for row in track(rows, len(paths), "predicting"):
+        failed += bool(row.error)
+        cells = [f"{name} {value:.1%}" for name, value in zip(row.classes, row.probabilities, strict=True)]
+        if output is None:
+            table.add_row(
+                f"{row.image}\n  {row.error}" if row.error else row.image, *cells, style="red" if row.error else ""
+            )
+    if output is None:
+        console.print(table)
+    else:
+        messages.print(f"{len(paths):,} rows in {output}")
+    if failed:
+        messages.print(f"{failed:,} of {len(paths):,} images could not be read")
+    return _EXIT_USER if failed == len(paths) else 0
+
+
+def _models(values: dict[str, Any]) -> int:
+    from rich import box
+    from rich.table import Table
+
+    from epsanet.study.cost import cost_table
+    from epsanet.tasks.console import console
+
+    rows = cost_table()
+    if values["json"]:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return 0
+    table = Table(title="EPSANets in timm, and what the paper says of them", box=box.SIMPLE_HEAD)
+    for title in ("network", "input", "parameters", "paper", "GMACs", "paper", "top-1", "top-5"):
+        table.add_column(title, justify="left" if title == "network" else "right", no_wrap=True)
+    for row in rows:
+        paper = row.published
+        table.add_row(
+            row.name,
+            f"{row.input_size}²",
+            f"{row.parameters:,}",
+            f"{paper.parameters:.2f} M" if paper else "",
+            f"{row.macs / 1e9:.3f}",
+            f"{paper.gmacs:.2f}" if paper else "",
+            f"{paper.top1:.2f}" if paper else "",
+            f"{paper.top5:.2f}" if paper else "",
+        )
+    console.print(table)
+    console.print(
+        "GMACs: convolutions and linear layers, one image; the paper's also count norms, activations and pools.\n"
+        "Large: the paper's text has groups of 32 (…_large_g32), its figures are those of split branches (…_large).\n"
+        "top-1 and top-5 are the paper's, on ImageNet; its weights were never published."
+    )
+    return 0
+
+
+def _convert(values: dict[str, Any]) -> int:
+    from epsanet.network.weights import convert
+
+    loaded = convert(values["source"], values["destination"], data_parallel=values["data_parallel"])
+    print(f"{loaded.model.pretrained_cfg['architecture']}, {len(loaded.class_names)} classes → {values['destination']}")
+    return 0
+
+
+_PARSERS: dict[str, Callable[[], ArgumentParser]] = {
+    "train": _train_parser,
+    "evaluate": _evaluate_parser,
+    "predict": _predict_parser,
+    "models": _models_parser,
+    "convert": _convert_parser,
+}
+_COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "models": _models,
+    "convert": _convert,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Look at every image before the first epoch, so that hours later nothing stumbles over a damaged one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from epsanet.data.images import ImageError, read_image
+from epsanet.data.sources import Samples, Subset
+
+__all__ = ["CheckReport", "check_images"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """What a split holds."""
+
+    title: str
+    """Name of the split."""
+    images: int
+    """Readable ones."""
+    per_class: dict[str, int]
+    """Readable images of each class name."""
+    sizes: np.ndarray
+    """Width and height in pixels of each readable image, shape ``images, 2``."""
+    bad: dict[str, str]
+    """Unreadable images by name, and why."""
+
+    def __str__(self) -> str:
+        counts = np.array(list(self.per_class.values()))
+        spread = f"{counts.min():,}" if counts.min() == counts.max() else f"{counts.min():,} to {counts.max():,}"
+        (w0, h0), (w1, h1) = self.sizes.min(axis=0), self.sizes.max(axis=0)
+        size = f"{w0}×{h0}" if (w0, h0) == (w1, h1) else f"{w0}×{h0} to {w1}×{h1}"
+        text = f"{self.images:,} images of {len(counts):,} classes, {spread} a class, {size} pixels"
+        empty = [name for name, count in self.per_class.items() if count == 0]
+        if empty:
+            text += f"; none of {', '.join(empty[:5])}{', …' if len(empty) > 5 else ''}"
+        return text + (f"; {len(self.bad):,} damaged" if self.bad else "")
+
+
+def check_images(
+    samples: Samples,
+    title: str,
+    *,
+    on_bad_image: Literal["skip", "raise"] = "skip",
+    depth: Literal["full", "headers"] = "full",
+    progress: Callable[[Iterable[tuple[int, int] | str], int], Iterable[tuple[int, int] | str]] = lambda items, _: (
+        items
+    ),
+) -> tuple[Samples, CheckReport]:
+    """Read all images of a split, in threads, and leave the damaged ones out.
+
+    Args:
+        samples: the split.
+        title: what to call it.
+        on_bad_image: leave damaged images out, or stop at the first.
+        depth: decode whole images, or look at their headers only.
+        progress: wraps the results as they come, with their number, to show how far it is.
+
+    Returns:
+        The readable samples, and the report.
+
+    Raises:
+        ValueError: at a damaged image with ``on_bad_image="raise"``, and when none is readable.
+    """
+
+    def look(position: int) -> tuple[int, int] | str:
+        try:
+            source = samples.open(position)
+            if depth == "headers" and not isinstance(source, Image.Image):
+                with Image.open(source) as image:
+                    return image.size
+            return read_image(source).size
+        except ImageError as error:
+            return str(error)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"damaged: {error}"
+
+    good, sizes, bad = [], [], {}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for position, result in enumerate(progress(pool.map(look, range(len(samples))), len(samples))):
+            if not isinstance(result, str):
+                good.append(position)
+                sizes.append(result)
+                continue
+            if on_bad_image == "raise":
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(
+                    f"{samples.name(position)}: {result}; mend or remove it, or use --data.on_bad_image=skip"
+                )
+            bad[samples.name(position)] = result
+    if not good:
+        raise ValueError(
+            f"the {title} split has no readable image; the first: {next(iter(bad.items()), 'it is empty')}"
+        )
+    kept = Subset(samples, good) if bad else samples
+    counts = np.bincount(kept.labels, minlength=len(kept.class_names))
+    return kept, CheckReport(
+        title=title,
+        images=len(kept),
+        per_class=dict(zip(kept.class_names, counts.tolist(), strict=True)),
+        sizes=np.array(sizes),
+        bad=bad,
+    )

@@ -1,0 +1,80 @@
+"""What to read and how to augment it. Importable without torch, so that the command line stays quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The data set, its preprocessing and augmentation; augmentations bear timm's names."""
+
+    source: str = "digits"
+    """Data set: digits; a folder with train/ and val/ (and test/), or of class folders; a Parquet file or folder;
+    torch/NAME, hfds/NAME or wds/FOLDER as timm reads them."""
+    root: str | None = None
+    """Folder in which torch/ and hfds/ data sets lie or are put."""
+    download: bool = False
+    """Whether a torch/ data set may be downloaded."""
+    train_split: str = "train"
+    """Name of the training split of torch/, hfds/ and wds/ data sets."""
+    val_split: str | None = None
+    """Name of the validation split; found by the usual names, or split off the training images, when left out."""
+    test_split: str | None = None
+    """Name of the test split; found by the usual names when left out."""
+    val_fraction: float = 0.1
+    """Share of the training images that becomes the validation split of a data set that has none."""
+    image_key: str = "image"
+    """Column of the images in Parquet and hfds/ data sets."""
+    label_key: str = "label"
+    """Column of the labels in Parquet and hfds/ data sets."""
+    class_names: str | None = None
+    """Text file with a class name a line, for data sets that name none (wds/, torch/)."""
+    on_bad_image: Literal["skip", "raise"] = "skip"
+    """Damaged images are skipped, named and counted, or stop the run."""
+    check: Literal["full", "headers"] = "full"
+    """Before the first epoch, decode every image, or read headers only (quicker on millions of images)."""
+    batch_size: int = 64
+    """Images a step."""
+    workers: int | None = None
+    """Processes that load images; as many as cores, at most 8, when left out (none for digits)."""
+    input_size: int | None = None
+    """Height and width in pixels; the network's own when left out."""
+    crop_pct: float | None = None
+    """Evaluation resizes to input_size / crop_pct and crops the centre; the network's own when left out."""
+    interpolation: str | None = None
+    """bilinear or bicubic; the network's own when left out."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the area that a training crop covers."""
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    """Smallest and largest width / height of a training crop."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    vflip: float = 0.0
+    """Probability of a vertical flip."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter."""
+    auto_augment: str | None = None
+    """timm's RandAugment, AugMix or AutoAugment policy, for example rand-m9-mstd0.5."""
+    re_prob: float = 0.0
+    """Probability of random erasing."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"data.val_fraction={self.val_fraction} is impossible; use a share between 0 and 1")
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size={self.batch_size} is impossible; use 1 or more")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"data.workers={self.workers} is impossible; use 0 or more")
+        if self.input_size is not None and self.input_size < 8:
+            raise ValueError(f"data.input_size={self.input_size} is too small; use 8 or more")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"data.crop_pct={self.crop_pct} is impossible; use a share up to 1, for example 0.875")
+        for name in ("hflip", "vflip", "re_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} is no probability; use 0 to 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"data.scale={self.scale} is impossible; use two rising shares of the area up to 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"data.ratio={self.ratio} is impossible; use two rising ratios of width to height")

@@ -1,0 +1,213 @@
+"""What Lightning calls along the way: progress, history, interruption, random states, checkpoints on disk."""
+
+from __future__ import annotations
+
+import csv
+import random
+import shlex
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning
+import numpy as np
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+
+from epsanet._files import atomic_file
+from epsanet.tasks.classification import Classifier
+from epsanet.tasks.console import console, duration, progress_bar
+from epsanet.tasks.report import shown
+
+__all__ = ["AtomicCheckpointIO", "GracefulStop", "History", "RandomStates", "Reporter", "TrainingInterrupted"]
+
+
+class TrainingInterrupted(Exception):  # noqa: N818 - no error: the user asked for it
+    """Training stopped on request, after saving."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints are whole or absent, and hold nothing that could run when read."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write to a temporary file in the same folder, sync, rename."""
+        if storage_options is not None:
+            raise TypeError("storage_options are not supported")
+        with atomic_file(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        """Read tensors and plain values only."""
+        del weights_only  # never less than True
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class RandomStates(Callback):
+    """The states of Python's, NumPy's and torch's generators go into the checkpoint and come back from it."""
+
+    _states: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        version, keys, gauss = random.getstate()
+        kind, words, place, has_gauss, cached = np.random.get_state(legacy=True)
+        return {
+            "python": [version, list(keys), gauss],
+            "numpy": [kind, [int(word) for word in words], int(place), int(has_gauss), float(cached)],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._states = state_dict
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        if self._states is None:
+            return
+        version, keys, gauss = self._states["python"]
+        random.setstate((version, tuple(keys), gauss))
+        kind, words, place, has_gauss, cached = self._states["numpy"]
+        np.random.set_state((kind, np.array(words, dtype=np.uint32), place, has_gauss, cached))
+        torch.set_rng_state(self._states["torch"])
+        if self._states["cuda"]:
+            torch.cuda.set_rng_state_all(self._states["cuda"])
+
+
+class History(Callback):
+    """One row an epoch, in ``metrics.csv`` and in the checkpoint.
+
+    Args:
+        path: of the CSV file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+        self._before = 0.0
+        self._started = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "seconds": self._before + time.monotonic() - self._started}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+        self._before = state_dict["seconds"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training, over all its pieces."""
+        return self._before + time.monotonic() - self._started
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        assert pl_module.evaluation is not None
+        self.rows.append(
+            {
+                "epoch": trainer.current_epoch + 1,
+                "step": trainer.global_step,
+                "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+                "train_loss": float(pl_module.train_loss.compute()),
+                "val_loss": pl_module.evaluation.loss,
+                "val_top1": pl_module.evaluation.top1,
+                "val_top5": pl_module.evaluation.top5,
+                "seconds": round(self.seconds, 3),
+            }
+        )
+        with atomic_file(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+class Reporter(Callback):
+    """A bar with the remaining time of the whole run, and a line an epoch.
+
+    Args:
+        history: where the numbers of an epoch come from; must be called before this.
+    """
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.bar = progress_bar()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        assert trainer.max_epochs is not None
+        self._total = trainer.max_epochs * int(trainer.num_training_batches)
+        self._first, self._start = trainer.global_step, time.monotonic()
+        self.task = self.bar.add_task("training", total=self._total, completed=trainer.global_step)
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        last = self.history.rows[-1] if self.history.rows else None
+        text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        text += f"  val top-1 {last['val_top1']:.2f} %" if last else ""
+        self.bar.update(self.task, completed=trainer.global_step, description=text)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        row = self.history.rows[-1]
+        done = trainer.global_step - self._first
+        left = (time.monotonic() - self._start) / max(done, 1) * (self._total - trainer.global_step)
+        console.print(
+            f"epoch {row['epoch']:{len(str(trainer.max_epochs))}}/{trainer.max_epochs}  lr {row['lr']:.2e}  "
+            f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:6.2f} %  "
+            f"remaining {duration(left)}"
+        )
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self.bar.stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self.bar.stop()
+
+
+class GracefulStop(Callback):
+    """Ctrl-C and SIGTERM end the run after the current step, saved; a second Ctrl-C ends it at once.
+
+    Args:
+        checkpoint: where to save when the stop falls within an epoch.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def _ask(self, number: int, _: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        console.print("stopping after this step; Ctrl-C again stops at once, without saving it")
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        # After the last batch of an epoch comes its validation; the stop waits for it and for the epoch's checkpoint.
+        if self.asked and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            trainer.save_checkpoint(self.checkpoint)
+            self._stop(f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}")
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        if self.asked:
+            self._stop(f"the end of epoch {trainer.current_epoch}")
+
+    def _stop(self, place: str) -> NoReturn:
+        run = shlex.quote(shown(self.checkpoint.parents[1]))
+        raise TrainingInterrupted(f"stopped at {place} and saved; go on with: epsanet train --resume {run}")
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self._restore()
+
+    def on_exception(self, *_: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

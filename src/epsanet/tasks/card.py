@@ -1,0 +1,93 @@
+"""The model card: what a model folder says of itself to whoever finds it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from epsanet.tasks.config import TrainConfig
+from epsanet.tasks.console import duration
+from epsanet.tasks.scores import Evaluation
+
+__all__ = ["model_card"]
+
+_HEAD = """---
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- timm
+- epsanet
+---
+"""
+
+_USE = """## Use
+
+```python
+import epsanet, timm
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+```
+
+`epsanet predict . IMAGES` prints class names; the preprocessing is in `config.json`.
+"""
+
+
+def model_card(
+    *,
+    config: TrainConfig,
+    parameters: int,
+    class_names: Sequence[str],
+    input_size: tuple[int, int, int],
+    split: str,
+    evaluation: Evaluation,
+    epoch: int,
+    seconds: float,
+    hardware: str,
+) -> str:
+    """Markdown with the Hub's metadata.
+
+    Args:
+        config: of the run.
+        parameters: of the network.
+        class_names: of the network.
+        input_size: channels, height, width in pixels.
+        split: that was evaluated, test or val.
+        evaluation: the result on it.
+        epoch: whose weights these are.
+        seconds: that training took.
+        hardware: name of the processor or GPU.
+    """
+    data, optimizer, schedule = Path(config.data.source).name, config.optimizer, config.schedule
+    names = ", ".join(class_names[:20]) + (", …" if len(class_names) > 20 else "")
+    role = "it had no part in training" if split == "test" else "it also chose the epoch"
+    low, high = evaluation.interval
+    result = (
+        f"| {split} | {evaluation.images:,} | {evaluation.top1:.2f} | {low:.2f} to {high:.2f} "
+        f"| {evaluation.top5:.2f} | {evaluation.loss:.4f} |"
+    )
+    return f"""{_HEAD}# {config.model} trained on {data}
+
+{config.model}, {parameters:,} parameters, for images of {input_size[1]}×{input_size[2]} pixels and {len(class_names)}
+classes: {names}.
+
+| split | images | top-1 [%] | 95 % interval | top-5 [%] | loss |
+|---|---|---|---|---|---|
+{result}
+
+The weights are those of epoch {epoch} of {schedule.epochs}, the best on the validation split. The result is on the
+{split} split; {role}.
+
+{_USE}
+## Training
+
+{optimizer.opt}, learning rate {optimizer.lr:g} ({schedule.sched}), weight decay {optimizer.weight_decay:g},
+batch {config.data.batch_size}, label smoothing {config.label_smoothing:g}, seed {config.seed}, {config.precision};
+{duration(seconds)} on {hardware} ({torch.get_num_threads()} threads), torch {torch.__version__},
+{time.strftime("%Y-%m-%d")}.
+
+EPSANet is by Zhang, Zu, Lu, Zou and Meng, ACCV 2022, arXiv:2105.14447.
+"""

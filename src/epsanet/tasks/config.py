@@ -1,0 +1,149 @@
+"""A training run as data: every flag, YAML key and Python argument, with its default. Importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from epsanet.data.config import DataConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["OptimizerConfig", "ScheduleConfig", "TrainConfig", "load_recipe", "recipe_names", "train_parser"]
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """timm's optimisers, under timm's names."""
+
+    opt: str = "sgd"
+    """Any optimiser of timm: sgd (with Nesterov momentum), momentum (without), adamw, lamb, …"""
+    lr: float = 0.1
+    """Highest learning rate."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """Pull towards zero."""
+    filter_bias_and_bn: bool = False
+    """Whether norms and biases go without weight decay."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr={self.lr} is impossible; use a rate above 0, for example 0.1")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay} is impossible; use 0 or more")
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """timm's learning rate schedules, stepped after every batch."""
+
+    sched: Literal["cosine", "step", "multistep", "poly", "tanh"] = "cosine"
+    """Shape of the decay."""
+    epochs: int = 120
+    """Passes over the training images."""
+    warmup_epochs: int = 0
+    """Epochs of linear rise from warmup_lr at the start, part of ``epochs``."""
+    warmup_lr: float = 1e-5
+    """Where the rise begins."""
+    min_lr: float = 0.0
+    """Where cosine, poly and tanh end."""
+    decay_epochs: int = 30
+    """Of step: epochs between two reductions."""
+    decay_milestones: list[int] = field(default_factory=lambda: [30, 60, 90])
+    """Of multistep: epochs of the reductions."""
+    decay_rate: float = 0.1
+    """Of step and multistep: factor of a reduction."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"schedule.epochs={self.epochs} is impossible; use 1 or more")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs={self.warmup_epochs} does not fit into schedule.epochs={self.epochs}"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    model: str = "epsanet50_small"
+    """Any network of timm; epsanet models lists EPSANets."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments, for example drop_path_rate, or block_args for PSA's own: {softmax: channels}."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data set, preprocessing and augmentation."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights are changed."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """How the learning rate changes."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+    seed: int = 42
+    """Of weights, order and augmentation; a run with the same seed on the same machine gives the same numbers."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes the first accelerator there is."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Lightning's name of the arithmetic."""
+    output: str | None = None
+    """Run folder; runs/DATA-TIME when left out."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing} is impossible; use 0 up to below 1")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that are shipped."""
+    folder = files("epsanet") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """Path of a shipped recipe, or of the user's own file.
+
+    Raises:
+        ValueError: when there is neither.
+    """
+    if name in recipe_names():
+        return Path(str(files("epsanet") / "recipes" / f"{name}.yaml"))
+    if Path(name).is_file():
+        return Path(name)
+    raise ValueError(f"there is no recipe {name!r}: shipped are {', '.join(recipe_names())}, or name a YAML file")
+
+
+def train_parser() -> ArgumentParser:
+    """The parser of a training run: one flag for every field, and ``--config`` for a YAML file."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of the flags below, the same as naming it RECIPE")
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def load_recipe(name: str = "digits", overrides: list[str] | None = None) -> TrainConfig:
+    """The configuration of a recipe.
+
+    Args:
+        name: a shipped recipe, or a YAML file.
+        overrides: flags as on the command line, for example ``["--schedule.epochs=5"]``.
+
+    Raises:
+        ValueError: when there is no such recipe, or a key or value in it does not fit.
+    """
+    from jsonargparse import ArgumentError
+
+    parser = train_parser()
+    try:
+        namespace = parser.parse_args([f"--config={recipe_path(name)}", *(overrides or [])])
+        values = parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    values = {key: value for key, value in vars(values).items() if key != "config"}
+    return TrainConfig(**values)

@@ -1,0 +1,73 @@
+"""What a run says: to a person at a terminal, and as plain lines everywhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["console", "duration", "messages", "progress_bar", "quiet_lightning", "track"]
+
+_PLAIN_WIDTH = 160
+"""Characters of a line where there is no terminal to ask."""
+
+console = Console(soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+"""Results."""
+messages = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+"""Progress, warnings and errors."""
+
+T = TypeVar("T")
+
+
+def progress_bar() -> Progress:
+    """A bar with counts, elapsed and remaining time that leaves no trace; silent when not at a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("remaining"),
+        TimeRemainingColumn(),
+        console=messages,
+        transient=True,
+        disable=not messages.is_terminal,
+    )
+
+
+def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
+    """Iterate under a bar."""
+    with progress_bar() as bar:
+        yield from bar.track(items, total=total, description=title)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Lightning's advice, hidden where it is about choices made on purpose."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+            warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
+            yield
+    finally:
+        logger.setLevel(level)

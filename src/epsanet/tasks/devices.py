@@ -1,0 +1,44 @@
+"""Which device a run uses: what was asked for, or an error; never a silent other one."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+__all__ = ["processor_name", "resolve_device"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; ``auto`` takes the first accelerator there is.
+
+    Raises:
+        ValueError: when it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown; use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not here: {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+    if device.type == "mps" and not torch.mps.is_available():
+        raise ValueError("device 'mps' is not here; use cpu or auto")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def processor_name() -> str:
+    """The processor's own name where the system tells it, else its kind."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

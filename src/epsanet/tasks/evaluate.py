@@ -1,0 +1,116 @@
+"""Evaluation of any model on any data set, each image once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from epsanet.data.check import check_images
+from epsanet.data.config import DataConfig
+from epsanet.data.loaders import evaluation_loader
+from epsanet.data.sources import Stream, open_split
+from epsanet.network.weights import LoadedModel, load_model
+from epsanet.tasks.classification import Classifier
+from epsanet.tasks.console import messages, progress_bar, quiet_lightning, track
+from epsanet.tasks.devices import resolve_device
+from epsanet.tasks.scores import Evaluation
+
+__all__ = ["evaluate", "evaluate_module"]
+
+
+class _Bar(Callback):
+    def __init__(self) -> None:
+        self.bar = progress_bar()
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self.task = self.bar.add_task("evaluating", total=sum(map(float, trainer.num_val_batches)))
+        self.bar.start()
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        self.bar.advance(self.task)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self.bar.stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self.bar.stop()
+
+
+def evaluate_module(module: Classifier, loader: DataLoader[Any], device: torch.device, precision: Any) -> Evaluation:
+    """Run a classifier over a loader by Lightning.
+
+    Args:
+        module: the classifier.
+        loader: batches ``images, labels, positions``.
+        device: where.
+        precision: Lightning's name of the arithmetic.
+    """
+    with quiet_lightning():
+        trainer = lightning.Trainer(
+            accelerator=device.type,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            precision=precision,
+            logger=False,
+            callbacks=[_Bar()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        trainer.validate(module, loader, verbose=False)
+    assert module.evaluation is not None
+    return module.evaluation
+
+
+def evaluate(
+    model: str | Path | LoadedModel,
+    data: DataConfig,
+    *,
+    split: str | None = None,
+    device: str = "auto",
+    precision: str = "32-true",
+    note: Callable[[str], None] = messages.print,
+) -> Evaluation:
+    """How good a model is on a split, each readable image counted once.
+
+    Args:
+        model: whatever ``load_model`` takes, or a loaded model.
+        data: the data set; its classes are matched to the model's by name. Preprocessing is the model's own unless
+            ``input_size``, ``crop_pct`` or ``interpolation`` say otherwise.
+        split: train, val or test; test where there is one, else val, when left out.
+        device: auto, cpu, cuda, cuda:N or mps.
+        precision: Lightning's name of the arithmetic.
+        note: told what the user should know: skipped images, classes that are lacking.
+
+    Raises:
+        ValueError: for a model, data set or device that is not there, or classes that do not fit.
+    """
+    place = resolve_device(device)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    samples, name, notes = open_split(data, split, loaded.class_names)
+    for text in notes:
+        note(text)
+    if not isinstance(samples, Stream):
+        samples, report = check_images(
+            samples,
+            name,
+            on_bad_image=data.on_bad_image,
+            depth=data.check,
+            progress=lambda items, total: track(items, total, f"checking {name}"),
+        )
+        for bad, reason in report.bad.items():
+            note(f"skipped {bad}: {reason}")
+    data_config = dict(loaded.data_config)
+    if data.input_size is not None:
+        data_config["input_size"] = (3, data.input_size, data.input_size)
+    for key in ("crop_pct", "interpolation"):
+        if getattr(data, key) is not None:
+            data_config[key] = getattr(data, key)
+    loader = evaluation_loader(samples, data, data_config)
+    return evaluate_module(Classifier(loaded.model, loaded.class_names), loader, place, precision)

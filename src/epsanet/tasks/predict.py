@@ -1,0 +1,219 @@
+"""Prediction: images in, a row of class names and probabilities each out."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from epsanet._files import atomic_file
+from epsanet.data.images import IMAGE_SUFFIXES, ImageError, read_image
+from epsanet.data.loaders import evaluation_transform
+from epsanet.data.sources import require
+from epsanet.network.weights import LoadedModel, load_model
+from epsanet.tasks.devices import resolve_device
+
+__all__ = ["Prediction", "find_images", "predict", "write_predictions"]
+
+OUTPUT_SUFFIXES = (".csv", ".json", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The best classes of one image, or why there are none."""
+
+    image: str
+    """Its path."""
+    classes: tuple[str, ...] = ()
+    """Names, the most probable first."""
+    probabilities: tuple[float, ...] = ()
+    """Of these classes, 0 to 1."""
+    error: str = ""
+    """Why the image could not be read."""
+
+
+def find_images(names: Sequence[str | Path]) -> list[str]:
+    """Paths of images: files as they are, folders searched to any depth, patterns expanded; each sorted.
+
+    Args:
+        names: files, folders, or glob patterns (``**`` descends).
+
+    Raises:
+        ValueError: when a folder holds no image or a pattern matches nothing.
+    """
+    found: list[str] = []
+    for name in map(str, names):
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise ValueError(f"{name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            found.extend(inside)
+        elif glob.has_magic(name) and not path.exists():
+            matches = sorted(match for match in glob.glob(name, recursive=True) if Path(match).is_file())  # noqa: PTH207 - takes absolute patterns
+            if not matches:
+                raise ValueError(f"nothing matches {name!r}")
+            found.extend(matches)
+        else:
+            found.append(name)
+    return found
+
+
+class _Files(Dataset[tuple[Tensor | None, str, str]]):
+    def __init__(self, paths: list[str], transform: Any) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, position: int) -> tuple[Tensor | None, str, str]:
+        path = self.paths[position]
+        try:
+            return self.transform(read_image(Path(path))), path, ""
+        except ImageError as error:
+            return None, path, str(error)
+
+
+def _collate(items: list[tuple[Tensor | None, str, str]]) -> tuple[Tensor | None, list[tuple[str, str]]]:
+    images = [image for image, _, _ in items if image is not None]
+    return torch.stack(images) if images else None, [(path, error) for _, path, error in items]
+
+
+def predict(
+    model: str | Path | LoadedModel,
+    images: Sequence[str | Path],
+    *,
+    topk: int = 5,
+    batch_size: int = 32,
+    workers: int = 0,
+    device: str = "auto",
+) -> Iterator[Prediction]:
+    """Classify images, in order; unreadable ones give a prediction with an error and do not disturb the rest.
+
+    Args:
+        model: whatever ``load_model`` takes, or a loaded model.
+        images: files, folders or glob patterns.
+        topk: classes to give for each image.
+        batch_size: images at a time.
+        workers: processes that read images.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        ValueError: for a model, device, folder or pattern that is not there.
+    """
+    if topk < 1 or batch_size < 1 or workers < 0:
+        raise ValueError(f"topk={topk} and batch_size={batch_size} must be 1 or more, workers={workers} 0 or more")
+    place = resolve_device(device)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    paths = find_images(images)
+    return _predict(loaded, paths, min(topk, len(loaded.class_names)), batch_size, workers, place)
+
+
+def _predict(
+    loaded: LoadedModel, paths: list[str], topk: int, batch_size: int, workers: int, device: torch.device
+) -> Iterator[Prediction]:
+    network = loaded.model.to(device, memory_format=torch.channels_last).eval()
+    loader = DataLoader(
+        _Files(paths, evaluation_transform(loaded.data_config)),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+    )
+    for batch, files in loader:
+        rows: Iterator[tuple[list[float], list[int]]] = iter(())
+        if batch is not None:
+            with torch.inference_mode():
+                logits = network(batch.to(device, memory_format=torch.channels_last))
+            best = logits.float().softmax(dim=1).topk(topk)
+            rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for path, error in files:
+            if error:
+                yield Prediction(image=path, error=error)
+                continue
+            values, indices = next(rows)
+            names = tuple(loaded.class_names[index] for index in indices)
+            yield Prediction(image=path, classes=names, probabilities=tuple(values))
+
+
+def write_predictions(path: str | Path, predictions: Iterable[Prediction], topk: int) -> Iterator[Prediction]:
+    """Write predictions as they come, whole or not at all, and pass them on.
+
+    CSV and Parquet have the columns ``image, error, class_1, probability_1, class_2, …``; JSON is a list of
+    ``{image, error, predictions: [{class, probability}]}``.
+
+    Args:
+        path: ends in .csv, .json or .parquet.
+        predictions: to write.
+        topk: classes an image.
+
+    Raises:
+        ValueError: for another suffix, or when the library for Parquet is missing.
+    """
+    path = Path(path)
+    if path.suffix not in OUTPUT_SUFFIXES:
+        raise ValueError(f"{path} is no format that can be written; end it in {', '.join(OUTPUT_SUFFIXES)}")
+    if path.suffix == ".parquet":
+        require("pyarrow", "data")
+    writers = {".csv": _write_csv, ".json": _write_json, ".parquet": _write_parquet}
+    return writers[path.suffix](path, predictions, topk)
+
+
+def _row(prediction: Prediction, topk: int) -> dict[str, str | float | None]:
+    row: dict[str, str | float | None] = {"image": prediction.image, "error": prediction.error or None}
+    for place in range(topk):
+        known = place < len(prediction.classes)
+        row[f"class_{place + 1}"] = prediction.classes[place] if known else None
+        row[f"probability_{place + 1}"] = prediction.probabilities[place] if known else None
+    return row
+
+
+def _write_csv(path: Path, predictions: Iterable[Prediction], topk: int) -> Iterator[Prediction]:
+    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _row(Prediction(image=""), topk))
+        writer.writeheader()
+        for prediction in predictions:
+            writer.writerow(_row(prediction, topk))
+            yield prediction
+
+
+def _write_json(path: Path, predictions: Iterable[Prediction], topk: int) -> Iterator[Prediction]:
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        separator = "[\n"
+        for prediction in predictions:
+            pairs = zip(prediction.classes[:topk], prediction.probabilities, strict=False)
+            entry = {
+                "image": prediction.image,
+                "error": prediction.error or None,
+                "predictions": [{"class": name, "probability": value} for name, value in pairs],
+            }
+            file.write(separator + json.dumps(entry, ensure_ascii=False))
+            separator = ",\n"
+            yield prediction
+        file.write("\n]\n" if separator == ",\n" else "[]\n")
+
+
+def _write_parquet(path: Path, predictions: Iterable[Prediction], topk: int) -> Iterator[Prediction]:
+    import pyarrow
+    from pyarrow import parquet
+
+    types = {"image": pyarrow.string(), "error": pyarrow.string()}
+    for place in range(1, topk + 1):
+        types |= {f"class_{place}": pyarrow.string(), f"probability_{place}": pyarrow.float32()}
+    schema = pyarrow.schema(list(types.items()))
+    with atomic_file(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        waiting: list[dict[str, str | float | None]] = []
+        for prediction in predictions:
+            waiting.append(_row(prediction, topk))
+            if len(waiting) == 1000:
+                writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
+                waiting = []
+            yield prediction
+        writer.write_table(pyarrow.Table.from_pylist(waiting, schema))

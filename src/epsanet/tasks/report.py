@@ -1,0 +1,91 @@
+"""What a run says of itself before the first step and after the last."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from epsanet.data.config import DataConfig
+from epsanet.data.loaders import worker_count
+from epsanet.data.sources import Stream
+from epsanet.tasks.console import console
+from epsanet.tasks.run import Run
+
+__all__ = ["announce", "has_tensorboard", "next_commands", "shown"]
+
+
+def announce(run: Run, *, resumed: bool) -> None:
+    """Print the banner: network, device, batch, classes, and what the data check found."""
+    config, splits = run.config, run.splits
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    table = Table.grid(padding=(0, 2))
+    height, width = run.data_config["input_size"][1:]
+    table.add_row("network", f"{config.model}, {parameters:,} parameters, input {height}×{width}")
+    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    table.add_row("device", f"{run.device}{threads}, precision {config.precision}")
+    table.add_row("batch", f"{config.data.batch_size} images, {worker_count(config.data)} workers")
+    schedule, optimizer = config.schedule, config.optimizer
+    table.add_row("training", f"{schedule.epochs} epochs, {optimizer.opt}, lr {optimizer.lr:g} {schedule.sched}")
+    names = splits.class_names
+    table.add_row("classes", f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}")
+    for report in run.reports:
+        table.add_row(report.title, str(report))
+    for title in ("train", "val", "test"):
+        split = getattr(splits, title)
+        if isinstance(split, Stream):
+            table.add_row(title, f"{len(split):,} images in shards, read as they come")
+    for note in splits.notes:
+        table.add_row("note", note)
+    if not has_tensorboard():
+        table.add_row("note", "no TensorBoard events without: pip install 'epsanet[tensorboard]'")
+    table.add_row("run folder", shown(run.folder) + (" (resumed)" if resumed else ""))
+    console.print(table)
+
+
+def has_tensorboard() -> bool:
+    """Whether the optional library that writes TensorBoard events is installed."""
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def shown(path: Path) -> str:
+    """A path as it is typed: relative where it lies in the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _data_flags(data: DataConfig) -> str:
+    """The flags that name the same data set again."""
+    flags = [f"--data {shlex.quote(data.source)}"]
+    for name in (
+        "root",
+        "train_split",
+        "val_split",
+        "test_split",
+        "val_fraction",
+        "image_key",
+        "label_key",
+        "class_names",
+    ):
+        value = getattr(data, name)
+        if value != getattr(DataConfig, name):
+            flags.append(f"--data.{name} {shlex.quote(str(value))}")
+    return " ".join(flags)
+
+
+def next_commands(run: Run, model: Path, split: str) -> str:
+    """The command lines that evaluate, use and resume a run.
+
+    Args:
+        run: the run.
+        model: its model folder.
+        split: that was evaluated, test or val.
+    """
+    folder, flags = shlex.quote(shown(model)), _data_flags(run.config.data)
+    return (
+        f"evaluate  epsanet evaluate {folder} {flags}{' --split val' if split == 'val' else ''}\n"
+        f"predict   epsanet predict {folder} IMAGES\n"
+        f"resume    epsanet train --resume {shlex.quote(shown(run.folder))}"
+    )

@@ -1,0 +1,584 @@
+"""Data sets by name: whichever format they have, the same images come out under the same class names."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import pickle
+import struct
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from making import class_folders, parquet, pixels, png, real_data, shards
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from epsanet.data.config import DataConfig
+from epsanet.data.images import read_image
+from epsanet.data.loaders import evaluation_loader, train_loader
+from epsanet.data.sources import Samples, Stream, match_classes, open_data, open_split
+
+PREPROCESSING = {
+    "input_size": (3, 12, 12),
+    "mean": (0, 0, 0),
+    "std": (1, 1, 1),
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+def image(samples: Samples | Stream, position: int) -> np.ndarray:
+    assert isinstance(samples, Samples)
+    return np.asarray(read_image(samples.open(position)))
+
+
+def contents(samples: Samples | Stream) -> Counter[tuple[bytes, str]]:
+    """Every image with its class name, however often it is there."""
+    assert isinstance(samples, Samples)
+    return Counter(
+        (image(samples, place).tobytes(), samples.class_names[samples.labels[place]]) for place in range(len(samples))
+    )
+
+
+def names(samples: Samples | Stream) -> list[str]:
+    assert isinstance(samples, Samples)
+    return [samples.class_names[label] for label in samples.labels]
+
+
+# Digits
+
+
+def test_digits_are_those_of_scikit_learn_in_three_disjoint_stratified_splits() -> None:
+    splits = open_data(DataConfig())
+    assert splits.test is not None
+    digits = load_digits()
+    wanted = Counter()
+    for values, label in zip(digits.images, digits.target, strict=True):
+        small = Image.fromarray(np.round(values / 16 * 255).astype(np.uint8))
+        enlarged = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC))
+        wanted[(np.dstack([enlarged] * 3).tobytes(), str(label))] += 1
+    found = [contents(split) for split in (splits.train, splits.val, splits.test)]
+    assert found[0] + found[1] + found[2] == wanted
+    assert [sum(part.values()) for part in found] == [1293, 144, 360]
+    shares = np.bincount(digits.target) / len(digits.target)
+    for split in (splits.train, splits.val, splits.test):
+        assert isinstance(split, Samples)
+        assert np.abs(np.bincount(split.labels) - shares * len(split)).max() < 1.5
+
+
+def test_digits_split_the_same_way_every_time() -> None:
+    first, second = open_data(DataConfig()), open_data(DataConfig(val_fraction=0.3))
+    assert first.test is not None
+    assert second.test is not None
+    assert contents(first.test) == contents(second.test), "the test split depends on nothing"
+    assert len(second.val) == 432
+    assert contents(open_data(DataConfig()).train) == contents(first.train)
+
+
+# Folders
+
+
+def test_a_folder_with_train_val_and_test_is_read_as_it_lies(tmp_path: Path) -> None:
+    for start, split in enumerate(("train", "val", "test")):
+        class_folders(tmp_path / split, {"cat": 2, "dog": 3}, start=10 * start)
+    splits = open_data(DataConfig(source=str(tmp_path)))
+    assert splits.class_names == ["cat", "dog"]
+    for start, samples in enumerate((splits.train, splits.val, splits.test)):
+        assert samples is not None
+        assert contents(samples) == Counter(
+            (pixels(sum(name.encode()), 10 * start + number).tobytes(), name)
+            for name, count in {"cat": 2, "dog": 3}.items()
+            for number in range(count)
+        )
+    assert splits.notes == ()
+    assert isinstance(splits.val, Samples)
+    assert Path(splits.val.name(0)).is_file()
+
+
+@pytest.mark.parametrize("name", ["validation", "valid"])
+def test_a_validation_folder_may_have_its_other_usual_names(name: str, tmp_path: Path) -> None:
+    class_folders(tmp_path / "training", {"a": 3})
+    class_folders(tmp_path / name, {"a": 2}, start=5)
+    splits = open_data(DataConfig(source=str(tmp_path)))
+    assert len(splits.train) == 3
+    assert len(splits.val) == 2
+    assert len(open_split(DataConfig(source=str(tmp_path)), "val", ["a"])[0]) == 2
+
+
+def test_one_folder_of_classes_is_split_by_the_fraction_of_each_class(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"a": 20, "b": 40})
+    splits = open_data(DataConfig(source=str(tmp_path), val_fraction=0.25))
+    assert Counter(names(splits.val)) == {"a": 5, "b": 10}
+    assert Counter(names(splits.train)) == {"a": 15, "b": 30}
+    together = contents(splits.train) + contents(splits.val)
+    assert len(together) == 60
+    assert set(together.values()) == {1}
+    assert splits.test is None
+    assert "no validation split: 15 images of the training split" in splits.notes[0]
+    again = open_data(DataConfig(source=str(tmp_path), val_fraction=0.25))
+    assert contents(again.val) == contents(splits.val)
+
+
+def test_evaluation_of_one_folder_can_take_what_training_set_aside(tmp_path: Path) -> None:
+    """Else the command that training prints would count the images it learned from."""
+    class_folders(tmp_path, {"a": 20, "b": 40})
+    config = DataConfig(source=str(tmp_path), val_fraction=0.25)
+    split, _, _ = open_split(config, "val", ["a", "b"])
+    assert contents(split) == contents(open_data(config).val)
+    everything, name, notes = open_split(config, None, ["a", "b"])
+    assert (len(everything), name) == (60, "all")
+    assert "also those that a network was trained on; --split val" in notes[0]
+
+
+def test_a_class_of_one_image_cannot_be_split(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"a": 20, "lonely": 1})
+    with pytest.raises(ValueError, match=r"one image only of lonely; .* needs two of each class"):
+        open_data(DataConfig(source=str(tmp_path)))
+
+
+def test_a_share_too_small_for_the_classes_says_what_to_raise(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"a": 3, "b": 3, "c": 3})
+    with pytest.raises(ValueError, match=r"too small to split off .* of 0\.1.*raise --data\.val_fraction"):
+        open_data(DataConfig(source=str(tmp_path)))
+
+
+def test_a_validation_folder_that_lacks_a_class_is_matched_by_name(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", {"ant": 2, "bee": 2, "cow": 2})
+    class_folders(tmp_path / "val", {"bee": 1, "cow": 2}, start=7)
+    splits = open_data(DataConfig(source=str(tmp_path)))
+    assert names(splits.val) == ["bee", "cow", "cow"]
+    assert isinstance(splits.val, Samples)
+    assert splits.val.labels.tolist() == [1, 2, 2], "as the network counts, not as the folder does"
+    assert splits.notes == ("the validation split lacks 1 of 3 classes (ant); matched by name",)
+
+
+def test_an_unknown_class_in_validation_is_refused_by_its_name(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", {"ant": 2, "cow": 2})
+    class_folders(tmp_path / "val", {"ant": 1, "bee": 1})
+    with pytest.raises(
+        ValueError,
+        match=r"the validation split does not fit: 1 of 2 classes are unknown: 'bee'; known are 'ant', 'cow'",
+    ):
+        open_data(DataConfig(source=str(tmp_path)))
+
+
+def test_an_empty_folder_of_an_unknown_class_does_no_harm(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", {"ant": 2, "cow": 2})
+    class_folders(tmp_path / "val", {"ant": 1, "cow": 1, "nothing": 0})
+    assert names(open_data(DataConfig(source=str(tmp_path))).val) == ["ant", "cow"]
+
+
+def test_classes_counted_in_another_order_are_matched_by_name(tmp_path: Path) -> None:
+    """A folder sorts 1, 10, 2; the network, trained elsewhere, counts 1, 2, 10."""
+    class_folders(tmp_path, {"1": 1, "2": 1, "10": 1})
+    split, _, _ = open_split(DataConfig(source=str(tmp_path)), None, ["1", "2", "10"])
+    assert isinstance(split, Samples)
+    assert split.labels.tolist() == [0, 2, 1]
+    assert names(split) == ["1", "10", "2"]
+    assert contents(split) == Counter((pixels(sum(n.encode()), 0).tobytes(), n) for n in ("1", "2", "10"))
+
+
+def test_matching_gives_places_and_what_is_lacking() -> None:
+    assert match_classes(["b", "a"], ["a", "c", "b"]) == ([2, 0], ["c"])
+    with pytest.raises(ValueError, match=r"6 of 7 classes are unknown: '0', '1', '2', '3', '4', …; known are 'a'"):
+        match_classes(["0", "1", "2", "3", "4", "5", "a"], ["a"])
+
+
+def test_images_deep_in_a_class_folder_belong_to_it_and_other_files_do_not(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", {"a": 1, "a/b": 1})
+    class_folders(tmp_path / "val", {"a": 1})
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "a" / "LOUD.PNG").write_bytes(png(pixels(1, 1)))
+    assert names(open_data(DataConfig(source=str(tmp_path))).train) == ["a", "a", "a"]
+
+
+# What is wrong with a source
+
+
+def nothing(_: Path) -> None: ...
+
+
+def flat(folder: Path) -> None:
+    (folder / "x.png").write_bytes(png(pixels(0, 0)))
+
+
+def empty_classes(folder: Path) -> None:
+    (folder / "cat").mkdir()
+
+
+def only_test(folder: Path) -> None:
+    class_folders(folder / "test", {"a": 2})
+
+
+def usual(folder: Path) -> None:
+    class_folders(folder / "train", {"a": 4})
+    class_folders(folder / "val", {"a": 4})
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "message"),
+    [
+        (nothing, {}, "has no class folders; put the images of each class in a folder"),
+        (flat, {}, "has no class folders"),
+        (empty_classes, {}, r"has class folders but no images \(\.bmp"),
+        (only_test, {}, r"no split to train on \(train\), only test; name it with --data\.train_split"),
+        (usual, {"val_split": "vla"}, r"no split 'vla' but train, val; correct --data\.val_split"),
+        (usual, {"test_split": "tset"}, r"no split 'tset' but train, val; correct --data\.test_split"),
+        (usual, {"train_split": "trian"}, r"no split to train on \(trian\), only train, val"),
+        (usual, {"class_names": "/nowhere/names.txt"}, "names.txt cannot be read as text"),
+    ],
+)
+def test_a_folder_that_does_not_fit_says_what_to_do(
+    prepare: Callable[[Path], None], options: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    prepare(tmp_path)
+    with pytest.raises(ValueError, match=message) as raised:
+        open_data(DataConfig(source=str(tmp_path), **options))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_source_that_is_nothing_says_what_there_could_be(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no data set 'dgits'.*takes digits, a folder, a Parquet file or folder, torch/"
+    ):
+        open_data(DataConfig(source="dgits"))
+    (tmp_path / "data.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"data\.zip is a file; --data takes a folder, a \.parquet file"):
+        open_data(DataConfig(source=str(tmp_path / "data.zip")))
+
+
+def test_a_split_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
+    usual(tmp_path)
+    with pytest.raises(ValueError, match="no split 'tset' but train, val; choose one with --split"):
+        open_split(DataConfig(source=str(tmp_path)), "tset", ["a"])
+
+
+def test_evaluation_prefers_test_then_val(tmp_path: Path) -> None:
+    usual(tmp_path)
+    config = DataConfig(source=str(tmp_path))
+    assert open_split(config, None, ["a"])[1] == "val"
+    class_folders(tmp_path / "test", {"a": 1})
+    assert open_split(config, None, ["a"])[1] == "test"
+    assert open_split(config, "train", ["a"])[1] == "train"
+
+
+def test_a_test_split_that_chooses_the_epoch_is_not_reported_as_test(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", {"a": 2})
+    class_folders(tmp_path / "test", {"a": 2})
+    splits = open_data(DataConfig(source=str(tmp_path), val_split="test"))
+    assert len(splits.val) == 2
+    assert splits.test is None
+
+
+# Parquet
+
+
+def test_a_parquet_file_gives_its_images_under_its_own_class_names(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "p.parquet", [2, 0, 1, 2] * 5, names=["ant", "bee", "cow"])
+    splits = open_data(DataConfig(source=str(path), root=str(tmp_path / "cache"), val_fraction=0.25))
+    assert splits.class_names == ["ant", "bee", "cow"]
+    wanted = Counter(
+        (pixels(label, place).tobytes(), ["ant", "bee", "cow"][label]) for place, label in enumerate([2, 0, 1, 2] * 5)
+    )
+    assert contents(splits.train) + contents(splits.val) == wanted
+    assert isinstance(splits.train, Samples)
+    assert splits.train.name(0).startswith(f"{path}:train[")
+
+
+def test_a_folder_of_parquet_files_keeps_its_splits(tmp_path: Path) -> None:
+    parquet(tmp_path / "d" / "train-00000-of-00001.parquet", [0, 1, 1], names=["a", "b"])
+    parquet(tmp_path / "d" / "test-00000-of-00001.parquet", [1, 0], names=["a", "b"], start=50)
+    config = DataConfig(source=str(tmp_path / "d"), root=str(tmp_path / "cache"), val_split="test")
+    splits = open_data(config)
+    assert names(splits.train) == ["a", "b", "b"]
+    assert contents(splits.val) == Counter([(pixels(1, 50).tobytes(), "b"), (pixels(0, 51).tobytes(), "a")])
+
+
+def test_labels_that_are_words_or_have_gaps_become_classes(tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    words = parquet(tmp_path / "words.parquet", ["dog", "cat"] * 10)
+    splits = open_data(DataConfig(source=str(words), root=cache))
+    assert splits.class_names == ["cat", "dog"]
+    wanted = Counter((pixels(3, n).tobytes(), ["dog", "cat"][n % 2]) for n in range(20))
+    assert contents(splits.train) + contents(splits.val) == wanted
+    gaps = parquet(tmp_path / "gaps.parquet", [30, 7] * 10)
+    assert open_data(DataConfig(source=str(gaps), root=cache)).class_names == ["7", "30"]
+
+
+def test_a_file_of_class_names_names_and_orders_the_classes(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("dog\ncat\n\n", encoding="utf-8")
+    options = {"root": str(tmp_path / "cache"), "class_names": str(tmp_path / "names.txt")}
+    numbers = parquet(tmp_path / "numbers.parquet", [0, 1] * 10)
+    splits = open_data(DataConfig(source=str(numbers), **options))
+    wanted = Counter((pixels(n % 2, n).tobytes(), ["dog", "cat"][n % 2]) for n in range(20))
+    assert contents(splits.train) + contents(splits.val) == wanted
+    words = parquet(tmp_path / "words.parquet", ["cat", "dog"] * 10)
+    splits = open_data(DataConfig(source=str(words), **options))
+    assert splits.class_names == ["dog", "cat"]
+    wanted = Counter((pixels(3, n).tobytes(), ["cat", "dog"][n % 2]) for n in range(20))
+    assert contents(splits.train) + contents(splits.val) == wanted
+    (tmp_path / "names.txt").write_text("dog\ndog\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"names\.txt names a class twice"):
+        open_data(DataConfig(source=str(numbers), **options))
+    (tmp_path / "names.txt").write_text("dog\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="labels from 0 to 1 for 1 classes"):
+        open_data(DataConfig(source=str(numbers), **options))
+
+
+def test_a_test_split_without_labels_is_left_out(tmp_path: Path) -> None:
+    """Benchmarks publish test images with -1 for a label."""
+    parquet(tmp_path / "d" / "train-00000-of-00001.parquet", [0, 1] * 10, names=["a", "b"])
+    parquet(tmp_path / "d" / "test-00000-of-00001.parquet", [-1, -1], names=["a", "b"])
+    assert open_data(DataConfig(source=str(tmp_path / "d"), root=str(tmp_path / "cache"))).test is None
+
+
+def test_a_parquet_file_without_the_columns_lists_those_it_has(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "p.parquet", [0, 1])
+    with pytest.raises(ValueError, match=r"no column 'fine' but image, label; name them with .*--data\.label_key"):
+        open_data(DataConfig(source=str(path), root=str(tmp_path / "cache"), label_key="fine"))
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 no it is not")
+    with pytest.raises(ValueError, match=r"p\.parquet cannot be read: ") as raised:
+        open_data(DataConfig(source=str(tmp_path / "p.parquet"), root=str(tmp_path / "cache")))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_real_cifar_10_has_its_ten_classes_in_order(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    source = real_data("cifar10") / "train-00000-of-00001.parquet"
+    batch = next(pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=300))
+    part = pyarrow.Table.from_batches([batch])
+    pyarrow.parquet.write_table(part, tmp_path / "part.parquet")
+    splits = open_data(DataConfig(source=str(tmp_path / "part.parquet"), root=str(tmp_path / "cache")))
+    wanted = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    assert splits.class_names == wanted
+    assert (len(splits.train), len(splits.val)) == (270, 30)
+    assert isinstance(splits.train, Samples)
+    assert image(splits.train, 0).shape == (32, 32, 3)
+    assert Counter(names(splits.train)) + Counter(names(splits.val)) == Counter(
+        wanted[label] for label in part["label"].to_pylist()
+    )
+
+
+# torchvision
+
+
+def cifar10(root: Path, train: int, test: int) -> np.ndarray:
+    """CIFAR-10 as torchvision finds it on disk; gives the pictures, training first."""
+    random = np.random.default_rng(0)
+    data = random.integers(0, 256, (train + test, 3072), dtype=np.uint8)
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    batches = [*np.array_split(np.arange(train), 5), np.arange(train, train + test)]
+    for name, part in zip([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"], batches, strict=True):
+        content = {"data": data[part], "labels": [int(place) % 10 for place in part]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{n}" for n in range(10)]}))
+    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+def test_torchvisions_cifar_10_is_read_with_its_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # of the real files
+    pictures = cifar10(tmp_path, 200, 20)
+    splits = open_data(DataConfig(source="torch/cifar10", root=str(tmp_path)))
+    assert splits.test is not None
+    assert splits.class_names == [f"class{n}" for n in range(10)]
+    labelled = [(picture.tobytes(), f"class{place % 10}") for place, picture in enumerate(pictures)]
+    assert contents(splits.test) == Counter(labelled[200:])
+    assert contents(splits.train) + contents(splits.val) == Counter(labelled[:200])
+    assert len(splits.val) == 20
+
+
+def idx(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+def test_torchvisions_mnist_is_read_from_its_own_files(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    digits = {"train": random.integers(0, 256, (40, 28, 28), dtype=np.uint8)}
+    digits["t10k"] = random.integers(0, 256, (10, 28, 28), dtype=np.uint8)
+    for name, array in digits.items():
+        idx(tmp_path / "MNIST" / "raw" / f"{name}-images-idx3-ubyte", array)
+        idx(tmp_path / "MNIST" / "raw" / f"{name}-labels-idx1-ubyte", (np.arange(len(array)) % 10).astype(np.uint8))
+    (tmp_path / "names.txt").write_text("\n".join("abcdefghij"), encoding="utf-8")
+    options = {"root": str(tmp_path), "class_names": str(tmp_path / "names.txt"), "val_fraction": 0.25}
+    splits = open_data(DataConfig(source="torch/mnist", **options))
+    assert splits.test is not None
+    assert contents(splits.test) == Counter(
+        (np.dstack([array] * 3).tobytes(), "abcdefghij"[place]) for place, array in enumerate(digits["t10k"])
+    )
+    assert len(splits.train) == 30
+
+
+@pytest.mark.parametrize(
+    ("source", "root", "message"),
+    [
+        ("torch/cifar10", None, r"needs a folder; say where it lies.*--data\.root FOLDER"),
+        ("torch/cifar10", "here", r"torch/cifar10 is not in .*here.*add --data\.download=true"),
+        ("torch/cifar1000", "here", "is not one of timm's torchvision data sets"),
+    ],
+)
+def test_a_torchvision_data_set_that_is_not_there_says_how_to_get_it(
+    source: str, root: str | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_data(DataConfig(source=source, root=root and str(tmp_path / root)))
+
+
+# WebDataset
+
+
+SHARDS = pytest.mark.filterwarnings(
+    # webdataset leaves a finished shard to the garbage collector.
+    "ignore:unclosed file:ResourceWarning",
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning",
+)
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """What webdataset leaves open is closed within the test that opened it."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def sharded(collected: None, tmp_path: Path) -> Path:  # noqa: ARG001
+    """11 training and 7 validation images of 3 classes in two shards each."""
+    folder = tmp_path / "shards"
+    splits = {
+        "train": shards(folder, "train", [6, 5], classes=3),
+        "validation": shards(folder, "validation", [4, 3], classes=3, start=100),
+    }
+    (folder / "info.json").write_text(json.dumps({"splits": splits, "class_names": ["a", "b", "c"]}))
+    return folder
+
+
+@SHARDS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_give_each_image_once_in_evaluation(sharded: Path, workers: int) -> None:
+    config = DataConfig(source=f"wds/{sharded}", workers=workers, batch_size=2)
+    splits = open_data(config)
+    assert splits.class_names == ["a", "b", "c"]
+    assert isinstance(splits.val, Stream)
+    assert len(splits.val) == 7
+    found: Counter[tuple[bytes, int]] = Counter()
+    for images, labels, _ in evaluation_loader(splits.val, config, PREPROCESSING):
+        for picture, label in zip(images, labels.tolist(), strict=True):
+            found[((picture * 255).round().numpy().astype(np.uint8).transpose(1, 2, 0).tobytes(), label)] += 1
+    assert found == Counter((pixels(n % 3, n).tobytes(), n % 3) for n in range(100, 107))
+
+
+@SHARDS
+@pytest.mark.usefixtures("collected")
+def test_training_sees_the_shards_in_an_order_drawn_anew_each_epoch(sharded: Path) -> None:
+    config = DataConfig(source=f"wds/{sharded}", workers=0, batch_size=3, scale=(1, 1), ratio=(1, 1), hflip=0)
+    loader = train_loader(open_data(config).train, config, PREPROCESSING, seed=1)
+    orders = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        orders.append([picture.numpy().tobytes() for images, _, _ in loader for picture in images])
+    known = {
+        (pixels(n % 3, n).transpose(2, 0, 1).astype(np.float32) / 255).astype(np.float32).tobytes() for n in range(11)
+    }
+    assert len(known) == 11
+    for order in orders:
+        assert len(order) == len(loader) * 3
+        assert len(order) in (9, 12)
+        assert len(set(order)) >= 9
+        assert set(order) <= known
+    assert orders[0] != orders[1] != orders[2]
+    again = train_loader(open_data(config).train, config, PREPROCESSING, seed=1)
+    assert [picture.numpy().tobytes() for images, _, _ in again for picture in images] == orders[0]
+
+
+@SHARDS
+@pytest.mark.usefixtures("collected")
+def test_shards_named_by_pattern_and_number_need_no_info_file(tmp_path: Path) -> None:
+    shards(tmp_path, "tr", [4, 4], classes=2)
+    shards(tmp_path, "va", [3], classes=2, start=50)
+    (tmp_path / "names.txt").write_text("even\nodd\n", encoding="utf-8")
+    config = DataConfig(
+        source=f"wds/{tmp_path}",
+        train_split="tr-{0000..0001}.tar|8",
+        val_split="va-0000.tar|3",
+        class_names=str(tmp_path / "names.txt"),
+        workers=0,
+    )
+    splits = open_data(config)
+    assert (len(splits.train), len(splits.val)) == (8, 3)
+    assert splits.class_names == ["even", "odd"]
+    labels = [label for _, batch, _ in evaluation_loader(splits.val, config, PREPROCESSING) for label in batch.tolist()]
+    assert labels == [0, 1, 0]
+
+
+@SHARDS
+@pytest.mark.usefixtures("collected")
+def test_shards_are_read_upright_and_over_white_like_every_other_image(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.dstack([pixels(1, 1), np.full((12, 12), 128, dtype=np.uint8)]))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    file = io.BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    with tarfile.open(tmp_path / "v-0.tar", "w") as tar:
+        for name, data in (("0.png", file.getvalue()), ("0.cls", b"0")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    (tmp_path / "names.txt").write_text("a", encoding="utf-8")
+    names_file = str(tmp_path / "names.txt")
+    config = DataConfig(source=f"wds/{tmp_path}", val_split="v-0.tar|1", class_names=names_file, workers=0)
+    split, _, _ = open_split(config, None, ["a"])
+    ((images, _, _),) = evaluation_loader(split, config, PREPROCESSING)
+    wanted = np.asarray(read_image(io.BytesIO(file.getvalue()))).transpose(2, 0, 1) / 255
+    assert np.abs(images[0].numpy() - wanted).max() < 1e-6
+
+
+@SHARDS
+@pytest.mark.usefixtures("collected")
+def test_shards_without_names_or_splits_say_what_to_write(sharded: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no info\.json with splits; write one, or give patterns of shards"):
+        open_data(DataConfig(source=f"wds/{tmp_path}"))
+    info = json.loads((sharded / "info.json").read_text())
+    del info["class_names"]
+    (sharded / "info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"names no classes; list them.*--data\.class_names FILE"):
+        open_data(DataConfig(source=f"wds/{sharded}"))
+    with pytest.raises(ValueError, match=r"'va\.tar' does not say how many samples it has; for example va\.tar\|4000"):
+        open_data(DataConfig(source=f"wds/{sharded}", val_split="va.tar"))
+    (sharded / "info.json").write_text("{")
+    with pytest.raises(ValueError, match=r"info\.json"):
+        open_data(DataConfig(source=f"wds/{sharded}"))
+
+
+@SHARDS
+@pytest.mark.usefixtures("collected")
+def test_shards_of_other_classes_than_the_network_are_refused(sharded: Path) -> None:
+    with pytest.raises(ValueError, match="names other classes than expected; shards cannot be renumbered"):
+        open_split(DataConfig(source=f"wds/{sharded}"), None, ["c", "b", "a"])
+
+
+@pytest.mark.parametrize(
+    ("source", "module"), [("hfds/someone/something", "datasets"), ("p.parquet", "datasets"), ("wds/x", "webdataset")]
+)
+def test_a_missing_library_names_the_line_to_install_it(
+    source: str, module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else find(name, *rest))
+    monkeypatch.chdir(tmp_path)
+    Path("p.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"this needs {module}, .*pip install 'epsanet\[data\]'"):
+        open_data(DataConfig(source=source))
