@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from epsanet import kernels
 from epsanet.kernels import choice
@@ -83,6 +84,25 @@ def test_compile_does_not_break_the_graph_and_trains_alike() -> None:
         compiled = output_and_gradients(torch.compile(module, fullgraph=True, backend="aot_eager"), x)
     for value, expected in zip(compiled, eager, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_torchs_flop_counter_sees_as_much_work_in_either_implementation() -> None:
+    module, x = PSA(64), torch.randn(2, 64, 9, 9)
+    counts = {}
+    for chosen in ("native", "reference"):
+        with kernels.use(chosen), FlopCounterMode(display=False) as counter:
+            module(x)
+        counts[chosen] = counter.get_total_flops()
+    assert counts["native"] == counts["reference"] > 0
+
+
+@needs_native
+def test_a_branch_that_is_watched_or_wrapped_is_called() -> None:
+    module, x, seen = PSA(64), torch.randn(2, 64, 9, 9), []
+    module.spc.branches[2].register_forward_hook(lambda *_: seen.append("called"))
+    module(x)
+    assert seen == ["called"]
 
 
 @needs_native

@@ -226,7 +226,7 @@ def _fuse(network: fx.GraphModule, fuse_convolutions: bool) -> nn.Module:
         rewriter.drop(node)
     _fold_norms(rewriter)
     _fuse_attention(rewriter)
-    if fuse_convolutions and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if fuse_convolutions and torch.backends.mkldnn.is_available():
         _fuse_residuals(rewriter)
     network.graph.lint()
     network.recompile()

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import atexit
 import functools
+import math
 from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from epsanet.kernels import choice
@@ -369,6 +371,13 @@ def pack_for_inference(weights: Sequence[Tensor], in_channels: int, groups: Sequ
     packed = torch.empty(layer.packed_size(backward=False))
     layer.pack([weight.detach().contiguous() for weight in weights], packed, False, torch.get_num_threads())
     return packed
+
+
+@register_flop_formula([torch.ops.epsanet.pyramid_convolution])
+def _flops(x: Any, weights: Any, *_: Any, out_val: tuple[Tensor, Tensor], **__: Any) -> int:
+    """For torch's flop counter, which cannot look into the operator."""
+    batch, _channels, height, width = out_val[0].shape
+    return 2 * int(batch * height * width * sum(math.prod(shape) for shape in weights))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
