@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 import epsanet
 from epsanet import kernels
+from epsanet.kernels import choice
 from epsanet.network.psa import SPC
 
 RIVALS = ("resnet50", "seresnet50", "ecaresnet50t", "skresnet50", "resnext50_32x4d")
@@ -85,6 +86,19 @@ def sgemm_peak(clock: Clock) -> float:
 # ------------------------------------------------------------------------------------------------------- convolutions
 
 
+def packed_convolution(x: Tensor, weight: Tensor, groups: int) -> Run:
+    """The kernel as an inference network calls it: weights packed before, channels in lane order."""
+    made, seen, size = weight.shape[0], x.shape[1], weight.shape[-1]
+    assert choice.native is not None
+    orders = kernels.input_order(seen, (groups,), False), kernels.output_order(made, (groups,), False)
+    native = choice.native.Layer(seen, made, [size], [groups], 1, False, *orders)
+    packed = torch.empty(native.packed_size(False))
+    native.pack([weight], packed, False, 1)
+    x_NHWC = x.permute(0, 2, 3, 1)
+    y, sums = torch.empty(*x_NHWC.shape[:3], made), torch.empty(len(x), made)
+    return lambda: native.forward(x_NHWC, packed, y, sums, True, torch.get_num_threads())
+
+
 def branches(clock: Clock, batch: int, peak: float) -> None:
     """Branch convolutions k = 5, 7, 9 of all blocks of EPSANet-50 Small."""
     total = {"NCHW": 0.0, "channels-last": 0.0, "ours": 0.0}
@@ -101,12 +115,13 @@ def branches(clock: Clock, batch: int, peak: float) -> None:
             def plain(x: Tensor, weight: Tensor, k: int = kernel_size, g: int = groups) -> Run:
                 return lambda: F.conv2d(x, weight, None, 1, k // 2, 1, g)
 
-            def ours(x: Tensor = x_last, weight: Tensor = weight, g: int = groups) -> object:
-                return kernels.pyramid_convolution(x, [weight], [g], 1, False, ordered=True)
-
             with torch.no_grad():
                 times = clock.race(
-                    {"NCHW": plain(x, weight), "channels-last": plain(x_last, weight_last), "ours": ours}
+                    {
+                        "NCHW": plain(x, weight),
+                        "channels-last": plain(x_last, weight_last),
+                        "ours": packed_convolution(x_last, weight, groups),
+                    }
                 )
             flops = 2.0 * weight.numel() * batch * size * size
             work += flops * blocks
@@ -220,14 +235,14 @@ def inference(clock: Clock, batch: int, networks: tuple[str, ...], compiled: boo
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-def training_step(name: str, x: Tensor, channels_last: bool, choice: kernels.Choice, classes: int) -> Run:
+def training_step(name: str, x: Tensor, channels_last: bool, chosen: kernels.Choice, classes: int) -> Run:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = timm.create_model(name, num_classes=classes).train().to(memory_format=layout)
     images, target = x.contiguous(memory_format=layout), torch.arange(len(x)) % classes
     optimiser = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
 
     def run() -> object:
-        with kernels.use(choice):
+        with kernels.use(chosen):
             optimiser.zero_grad()
             F.cross_entropy(model(images), target).backward()
             optimiser.step()
@@ -321,6 +336,7 @@ def growth(clock: Clock, peak: float, output: Path) -> None:
 MEMORY = """
 import resource, sys, torch, timm, epsanet
 from epsanet import kernels
+from epsanet.kernels import choice
 with kernels.use(sys.argv[1]):
     model = timm.create_model('epsanet50_small').train().to(memory_format=torch.channels_last)
     x = torch.randn(8, 3, 224, 224).contiguous(memory_format=torch.channels_last)
@@ -332,9 +348,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 def memory() -> None:
     print("\n### Largest memory of a process, training EPSANet-50 Small at batch 8\n\n| kernels | MiB |\n|---|---:|")
-    for choice in ("reference", "native"):
-        run = subprocess.run([sys.executable, "-c", MEMORY, choice], capture_output=True, text=True, check=True)
-        print(f"| {choice} | {float(run.stdout):.0f} |", flush=True)
+    for chosen in ("reference", "native"):
+        run = subprocess.run([sys.executable, "-c", MEMORY, chosen], capture_output=True, text=True, check=True)
+        print(f"| {chosen} | {float(run.stdout):.0f} |", flush=True)
 
 
 def main() -> None:

@@ -374,10 +374,10 @@ def pack_for_inference(weights: Sequence[Tensor], in_channels: int, groups: Sequ
 
 
 @register_flop_formula([torch.ops.epsanet.pyramid_convolution])
-def _flops(x: Any, weights: Any, *_: Any, out_val: tuple[Tensor, Tensor], **__: Any) -> int:
-    """For torch's flop counter, which cannot look into the operator."""
-    batch, _channels, height, width = out_val[0].shape
-    return 2 * int(batch * height * width * sum(math.prod(shape) for shape in weights))
+def _flops(x: Any, weights: Sequence[torch.Size], *_: Any, out_shape: Sequence[torch.Size], **__: Any) -> int:
+    """For torch's flop counter, which sees shapes and cannot look into the operator."""
+    batch, _channels, height, width = out_shape[0]
+    return 2 * batch * height * width * sum(math.prod(shape) for shape in weights)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
