@@ -177,6 +177,28 @@ class _FusedConvolution(nn.Module):
         return y
 
 
+class _NativeConvolution(nn.Module):
+    """The same on the native kernels, whose weights are packed once; for 1×1 convolutions, where that counts."""
+
+    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+        super().__init__()
+        bias = conv.bias if conv.bias is not None else torch.zeros(conv.out_channels)
+        self.register_buffer("packed", kernels.pack_for_inference([conv.weight], conv.in_channels, [1], False))
+        self.register_buffer("bias", bias.detach().contiguous())
+        self.stride, self.relu = conv.stride[0], relu
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.epsanet.fused_convolution(x, self.packed, self.bias, residual, 1, self.stride, self.relu)
+        return y
+
+
+def _fused(conv: nn.Conv2d, relu: bool) -> nn.Module:
+    plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    if plain and conv.stride[0] == conv.stride[1] and kernels.available():
+        return _NativeConvolution(conv, relu)
+    return _FusedConvolution(conv, relu)
+
+
 # ---------------------------------------------------------------------------------------------------------------- graph
 
 
@@ -310,15 +332,13 @@ def _fuse_residuals(rewriter: _Rewriter) -> None:
             residual, last = others[0], after
             after = next(iter(after.users)) if len(after.users) == 1 else None
         relu = after is not None and isinstance(rewriter.layer(after), nn.ReLU)
-        if not relu and residual is None:
-            continue
         if relu and after is not None:
             rewriter.drop(after)
         if residual is not None:
             last.replace_all_uses_with(node)
             rewriter.network.graph.erase_node(last)
             node.args = (*node.args, residual)
-        rewriter.replace(node, _FusedConvolution(conv, relu))
+        rewriter.replace(node, _fused(conv, relu))
 
 
 def _comes_before(first: fx.Node, second: fx.Node) -> bool:

@@ -25,7 +25,14 @@ from epsanet.kernels.order import input_order, nests, output_order
 if TYPE_CHECKING:
     from epsanet.kernels._native import Layer
 
-__all__ = ["pack_for_inference", "pyramid_attention", "pyramid_convolution", "reason_against", "serves"]
+__all__ = [
+    "fused_convolution",
+    "pack_for_inference",
+    "pyramid_attention",
+    "pyramid_convolution",
+    "reason_against",
+    "serves",
+]
 
 _MAX_KERNEL, _MAX_BRANCHES, _MAX_STRIDE = 31, 8, 8
 _LANES = 16
@@ -361,6 +368,41 @@ def _(
 ) -> Tensor:
     batch, _, height, width = x.shape
     y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), scale.shape[0])
+    return y_NHWK.permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("epsanet::fused_convolution", mutates_args=(), device_types="cpu")
+def fused_convolution(
+    x: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None, kernel_size: int, stride: int, relu: bool
+) -> Tensor:
+    """One dense convolution with padding ``(k - 1) / 2``, its bias, a residual sum and ReLU, for inference.
+
+    Args:
+        x: N, C, H, W, float32 on a CPU.
+        packed: the weight as ``pack_for_inference`` lays it out for one group.
+        bias: K numbers.
+        residual: of the output's shape; added before the activation.
+        kernel_size: odd.
+        stride: of both directions.
+        relu: whether ReLU follows.
+
+    Returns:
+        N, K, H', W', channels-last.
+    """
+    batch, channels, height, width = x.shape
+    layer = _layer(channels, bias.shape[0], (kernel_size,), (1,), stride, False, False)
+    y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), bias.shape[0])
+    added = None if residual is None else _channels_last(residual)
+    layer.infer_convolution(_channels_last(x), packed, bias, added, y_NHWK, relu, torch.get_num_threads())
+    return y_NHWK.permute(0, 3, 1, 2)
+
+
+@fused_convolution.register_fake
+def _(
+    x: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None, kernel_size: int, stride: int, relu: bool
+) -> Tensor:
+    batch, _, height, width = x.shape
+    y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), bias.shape[0])
     return y_NHWK.permute(0, 3, 1, 2)
 
 

@@ -79,6 +79,22 @@ class Layer {
         epsanet::forward(layer, x.data(), packed.data(), y.data(), sums.data(), threads);
     }
 
+    // Convolutions with bias, residual and activation of an inference network, in lane order.
+    void infer_convolution(Image x, Row packed, Row bias, std::optional<Image> residual,
+                           Buffer<float, nb::ndim<4>> y, bool relu, int threads) const {
+        Problem layer = problem_of(x, true);
+        check_packed(packed, false);
+        check_result(layer, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
+        require(int(bias.size()) == out_channels_, "the bias must have K entries");
+        if (residual)
+            check_result(layer, residual->shape(0), residual->shape(1), residual->shape(2), residual->shape(3));
+        layer.bias = bias.data();
+        layer.residual = residual ? residual->data() : nullptr;
+        layer.relu = relu;
+        const nb::gil_scoped_release release;
+        epsanet::forward(layer, x.data(), packed.data(), y.data(), nullptr, threads);
+    }
+
     // Convolutions, attention, norm and activation of an inference network.
     void infer(Image x, Row packed, Matrix fc1_weight, Row fc1_bias, Matrix fc2_weight, Row fc2_bias, Row scale,
                Row shift, Buffer<float, nb::ndim<4>> y, bool over_scales, bool relu, bool ordered,
@@ -187,6 +203,9 @@ NB_MODULE(_native, module) {
         .def("pack", &Layer::pack, nb::arg("weights").noconvert(), nb::arg("packed").noconvert(), nb::arg("backward"), nb::arg("threads"))
         .def("forward", &Layer::forward, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
              nb::arg("y").noconvert(), nb::arg("sums").noconvert(), nb::arg("ordered"), nb::arg("threads"))
+        .def("infer_convolution", &Layer::infer_convolution, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
+             nb::arg("bias").noconvert(), nb::arg("residual").none(), nb::arg("y").noconvert(), nb::arg("relu"),
+             nb::arg("threads"))
         .def("infer", &Layer::infer, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
              nb::arg("fc1_weight").noconvert(), nb::arg("fc1_bias").noconvert(), nb::arg("fc2_weight").noconvert(),
              nb::arg("fc2_bias").noconvert(), nb::arg("scale").noconvert(), nb::arg("shift").noconvert(),

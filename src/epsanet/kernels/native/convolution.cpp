@@ -376,8 +376,8 @@ void forward(const Problem &problem, const float *x, const float *packed, float 
         units = std::move(parts);
     }
     const std::size_t channels = problem.out_channels, bands = problem.forward_bands;
-    std::vector<float> band_sums(bands > 1 ? problem.batch * bands * channels : 0);
-    float *sums_of_bands = bands > 1 ? band_sums.data() : sums;
+    std::vector<float> band_sums(sums && bands > 1 ? problem.batch * bands * channels : 0);
+    float *sums_of_bands = sums && bands > 1 ? band_sums.data() : sums;
     const int source_rows = std::min(problem.height, (problem.forward_rows - 1) * problem.stride + 1 + 2 * problem.padding);
     const std::size_t source = scratch_size(problem, source_rows, problem.width + 2 * problem.padding, problem.in_places);
     const std::size_t result = scratch_size(problem, problem.forward_rows, problem.out_width, problem.out_places);
@@ -385,7 +385,7 @@ void forward(const Problem &problem, const float *x, const float *packed, float 
     share(int(units.size()), threads, [&](int unit, int) {
         kernels.forward(problem, units[unit], x, packed, y, sums_of_bands, scratch_of(source, 0, result));
     });
-    if (bands > 1)
+    if (sums && bands > 1)
         for (int image = 0; image < problem.batch; ++image)
             for (std::size_t channel = 0; channel < channels; ++channel) {
                 float sum = 0;

@@ -29,7 +29,7 @@ void pack_weights(const Problem &problem, Direction direction, const float *cons
 // A number that changes when a weight does: whether packed weights are still good.
 std::uint64_t fingerprint(const float *values, std::size_t count, std::uint64_t before);
 
-// `y` N H' W' K and `sums` N K, the sums of y over space.
+// `y` N H' W' K and `sums` N K, the sums of y over space before bias and residual; null: not wanted.
 void forward(const Problem &problem, const float *x, const float *packed, float *y, float *sums, int threads);
 // What follows the convolutions in an inference network, in place: y · attention · scale + shift, ReLU if asked for.
 // SEWeight's maps have shapes hidden × D and D × hidden; scale and shift K, in the order of y's channels.

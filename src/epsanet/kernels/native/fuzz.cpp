@@ -106,6 +106,14 @@ int main(int count, char **arguments) {
                 return 1;
             }
         }
+        if (ordered) {
+            Floats bias(out_channels, pick(0, 15), random);
+            Problem finished = problem;
+            finished.bias = bias.get();
+            finished.residual = pick(0, 1) ? dy.get() : nullptr;
+            finished.relu = pick(0, 1) == 1;
+            forward(finished, x.get(), packed.get(), y.get(), nullptr, threads);
+        }
         const float *add = pick(0, 1) ? sums.get() : nullptr;
         input_gradient(problem, dy.get(), add, packed_back.get(), dx.get(), threads);
         weight_gradient(problem, x.get(), dy.get(), add, gradient_pointers.data(), threads);

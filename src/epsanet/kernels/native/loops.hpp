@@ -128,6 +128,21 @@ void copy_in(const Problem &problem, const float *tensor, int image, int height,
     }
 }
 
+// result + bias + residual, then ReLU if asked for; the residual lies as the tensor does.
+inline void finish(const Problem &problem, const float *from, const float *bias, const float *residual, int count,
+                   float *to) {
+    int c = 0;
+    for (; c + lanes <= count; c += lanes) {
+        Vector value = add(load(from + c), load(bias + c));
+        if (residual) value = add(value, load(residual + c));
+        store(to + c, problem.relu ? positive(value) : value);
+    }
+    for (; c < count; ++c) {
+        const float value = from[c] + bias[c] + (residual ? residual[c] : 0);
+        to[c] = problem.relu && value < 0 ? 0 : value;
+    }
+}
+
 // Rows of scratch into an N H W C tensor, and optionally their sums over space.
 void copy_out(const Problem &problem, const Grid &grid, const float *scratch, const Run *runs, int run_count,
               const int32_t *order, float *tensor, int image, int height, int width, int channels, float *sums,
@@ -172,6 +187,10 @@ void copy_out(const Problem &problem, const Grid &grid, const float *scratch, co
                 if (order) {
                     const int32_t *natural = order + run->offset;
                     for (int c = 0; c < run->count; ++c) to[natural[c]] = place[c];
+                } else if (problem.bias) {
+                    float *at = to + run->offset;
+                    finish(problem, place, problem.bias + run->offset,
+                           problem.residual ? problem.residual + (at - tensor) : nullptr, run->count, at);
                 } else {
                     memcpy(to + run->offset, place, sizeof(float) * run->count);
                 }
@@ -490,7 +509,7 @@ void forward(const Problem &problem, const Unit &unit, const float *x, const flo
     const Offset bands_step = Offset(problem.forward_bands) * problem.out_channels;
     copy_out(problem, result, scratch.result, runs, run_count, problem.ordered ? nullptr : problem.out_order, y,
              unit.image, problem.out_height, problem.out_width, problem.out_channels,
-             sums + unit.image * bands_step + Offset(unit.band) * problem.out_channels, bands_step);
+             sums ? sums + unit.image * bands_step + Offset(unit.band) * problem.out_channels : nullptr, bands_step);
 }
 
 void input_gradient(const Problem &problem, const Unit &unit, const float *dy, const float *add_NK,

@@ -36,6 +36,9 @@ struct Problem {
     bool ordered;  // tensors outside hold the lane order already
     const std::int32_t *in_order, *out_order;  // natural channel of each lane position
     int in_places, out_places;
+    // What an inference network does to a result in lane order before it leaves the cache; null and false: nothing.
+    const float *bias, *residual;
+    bool relu;
     int forward_rows, backward_rows, forward_bands, backward_bands;  // rows of a unit of work
 };
 
