@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from epsanet import kernels
@@ -317,7 +316,7 @@ def _fold_order(rewriter: _Rewriter, node: fx.Node, attention: _Attention) -> No
 
 def _fuse_residuals(rewriter: _Rewriter) -> None:
     """Give convolutions the sum and the ReLU that follow them."""
-    additions = (operator.add, operator.iadd, torch.add, F.relu)
+    additions = (operator.add, operator.iadd, torch.add)
     for node in rewriter.nodes(nn.Conv2d):
         conv = rewriter.layer(node)
         if type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
@@ -325,12 +324,11 @@ def _fuse_residuals(rewriter: _Rewriter) -> None:
         after, residual, last = rewriter.only_user(node), None, node
         if after is None:
             continue
-        if after.op == "call_function" and after.target in additions[:3] and len(after.args) == 2 and not after.kwargs:
+        if after.op == "call_function" and after.target in additions and len(after.args) == 2 and not after.kwargs:
             others = [argument for argument in after.args if argument is not node]
-            if len(others) != 1 or not isinstance(others[0], fx.Node) or not _comes_before(others[0], node):
-                continue
-            residual, last = others[0], after
-            after = next(iter(after.users)) if len(after.users) == 1 else None
+            if len(others) == 1 and isinstance(others[0], fx.Node) and others[0] < node:
+                residual, last = others[0], after
+                after = next(iter(after.users)) if len(after.users) == 1 else None
         relu = after is not None and isinstance(rewriter.layer(after), nn.ReLU)
         if relu and after is not None:
             rewriter.drop(after)
@@ -339,7 +337,3 @@ def _fuse_residuals(rewriter: _Rewriter) -> None:
             rewriter.network.graph.erase_node(last)
             node.args = (*node.args, residual)
         rewriter.replace(node, _fused(conv, relu))
-
-
-def _comes_before(first: fx.Node, second: fx.Node) -> bool:
-    return first < second
