@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("svg")
-from matplotlib import colormaps, pyplot  # noqa: E402 - after the choice of a backend
+from matplotlib import colormaps, pyplot
 
 
 def main() -> None:
@@ -33,7 +33,9 @@ def main() -> None:
             axis.text(lane + 0.47, 0.4 - row, text, ha="center", va="center", fontsize=7)
     axis.set(xlim=(0, 16), ylim=(-3.1, 0.9), xticks=[], yticks=[0.4 - row for row in range(4)])
     axis.set_yticklabels([name for name, _ in rows], fontsize=8)
-    axis.set_title("What the 16 lanes of one vector hold (C = 64): g = group, o = output channel of the group", fontsize=9)
+    axis.set_title(
+        "What the 16 lanes of one vector hold (C = 64): g = group, o = output channel of the group", fontsize=9
+    )
     for spine in axis.spines.values():
         spine.set_visible(False)
     figure.savefig(path)
