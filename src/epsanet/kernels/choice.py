@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 
 try:
-    from epsanet.kernels import _native as native
+    import epsanet.kernels._native as native
 except ImportError as error:
     native = None  # type: ignore[assignment]
     _missing = str(error)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from epsanet.kernels import choice
+import epsanet.kernels.choice as choice
 from epsanet.kernels.order import input_order, nests, output_order
 
 if TYPE_CHECKING:
