@@ -74,7 +74,9 @@ def offence(module: str, target: str) -> str:
 def modules() -> dict[str, tuple[str, bool]]:
     """Dotted name to source text and whether it is a package's ``__init__``."""
     found = {}
-    for path in sorted(SOURCE.rglob("*.py")):
+    for path in sorted(SOURCE.rglob("*.py*")):
+        if path.suffix not in {".py", ".pyi"}:  # a compiled module is known by its stub
+            continue
         parts = ("epsanet", *path.relative_to(SOURCE).with_suffix("").parts)
         package = parts[-1] == "__init__"
         found[".".join(parts[:-1] if package else parts)] = (path.read_text(encoding="utf-8"), package)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from epsanet.data.config import DataConfig
+    from epsanet.deploy.optimize import optimize
     from epsanet.network.epsanet import EPSABasicBlock, EPSABlock, EPSANet
     from epsanet.network.psa import PSA, SPC, SEWeight, fit_groups
     from epsanet.network.replace import psa_replace
@@ -43,6 +44,7 @@ _HOMES = {
     "fit_groups": "epsanet.network.psa",
     "load_model": "epsanet.network.weights",
     "load_recipe": "epsanet.tasks.config",
+    "optimize": "epsanet.deploy.optimize",
     "predict": "epsanet.tasks.predict",
     "psa_replace": "epsanet.network.replace",
     "save_model": "epsanet.network.weights",
@@ -63,6 +65,7 @@ __all__ = [
     "fit_groups",
     "load_model",
     "load_recipe",
+    "optimize",
     "predict",
     "psa_replace",
     "save_model",

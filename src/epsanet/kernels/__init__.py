@@ -1,0 +1,34 @@
+"""Native grouped convolutions for CPUs: forward, input gradient and weight gradient of a PSA module's branches.
+
+No engine fills its vector lanes where a group has few output channels. Here a vector's lanes are groups (``order``),
+or images where even the groups are too few. ``PSA`` uses these kernels by itself where they serve; ``use`` decides
+otherwise. See ``docs/speed.md``.
+"""
+
+from epsanet.kernels.choice import Choice, available, instruction_set, instruction_sets, set_instruction_set, use
+from epsanet.kernels.operators import (
+    fused_convolution,
+    pack_for_inference,
+    pyramid_attention,
+    pyramid_convolution,
+    reason_against,
+    serves,
+)
+from epsanet.kernels.order import input_order, output_order
+
+__all__ = [
+    "Choice",
+    "available",
+    "fused_convolution",
+    "input_order",
+    "instruction_set",
+    "instruction_sets",
+    "output_order",
+    "pack_for_inference",
+    "pyramid_attention",
+    "pyramid_convolution",
+    "reason_against",
+    "serves",
+    "set_instruction_set",
+    "use",
+]

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from epsanet import kernels
+
 __all__ = [
     "PSA",
     "SPC",
@@ -187,10 +189,24 @@ class SPC(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Multi-scale features, shape ``N, C, H, W`` to ``N, S, D, H', W'``."""
-        branches = len(self.branches)
-        inputs = x_NCHW.chunk(branches, dim=1) if self.mode == "split" else (x_NCHW,) * branches
-        feats = [branch(part) for branch, part in zip(self.branches, inputs, strict=True)]
-        return torch.cat(feats, dim=1).unflatten(1, (branches, -1))
+        return self.forward_and_squeeze(x_NCHW)[0]
+
+    def forward_and_squeeze(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``N, S, D, H', W'`` and their averages over space ``N, S, D``, from native kernels if they serve."""
+        branches, split = len(self.branches), self.mode == "split"
+        # A branch that someone has wrapped, or watches with a hook, has to be called.
+        convs = [b for b in self.branches if type(b) is nn.Conv2d and not b._forward_hooks and not b._forward_pre_hooks]
+        if len(convs) == branches:
+            weights, groups = [conv.weight for conv in convs], [conv.groups for conv in convs]
+            stride, dilation = convs[0].stride[0], convs[0].dilation[0]
+            if kernels.serves(x_NCHW, weights, groups, stride, dilation, split):
+                feats, sums = kernels.pyramid_convolution(x_NCHW, weights, groups, stride, split)
+                averages = sums / (feats.shape[2] * feats.shape[3])
+                return feats.unflatten(1, (branches, -1)), averages.unflatten(1, (branches, -1))
+        inputs = x_NCHW.chunk(branches, dim=1) if split else (x_NCHW,) * branches
+        feats = torch.cat([branch(part) for branch, part in zip(self.branches, inputs, strict=True)], dim=1)
+        feats_NSDHW = feats.unflatten(1, (branches, -1))
+        return feats_NSDHW, feats_NSDHW.mean((-2, -1))
 
     def extra_repr(self) -> str:
         return f"spc={self.mode!r}"
@@ -242,14 +258,15 @@ class PSA(nn.Module):
         )
         self.se = SEWeight(out_channels // len(kernel_sizes), reduction, device=device, dtype=dtype)
 
-    def attention(self, feats_NSDHW: Tensor) -> Tensor:
-        """How much each channel of each scale counts, shape ``N, S, D``."""
-        return scale_attention(self.se.excite(feats_NSDHW.mean((-2, -1))), self.softmax)
+    def attention(self, feats_NSDHW: Tensor, averages_NSD: Tensor | None = None) -> Tensor:
+        """How much each channel of each scale counts, shape ``N, S, D``; averages over space may be known already."""
+        averages_NSD = feats_NSDHW.mean((-2, -1)) if averages_NSD is None else averages_NSD
+        return scale_attention(self.se.excite(averages_NSD), self.softmax)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Shape ``N, C, H, W`` to ``N, K, H', W'``."""
-        feats_NSDHW = self.spc(x_NCHW)
-        return (feats_NSDHW * self.attention(feats_NSDHW)[..., None, None]).flatten(1, 2)
+        feats_NSDHW, averages_NSD = self.spc.forward_and_squeeze(x_NCHW)
+        return (feats_NSDHW * self.attention(feats_NSDHW, averages_NSD)[..., None, None]).flatten(1, 2)
 
     def extra_repr(self) -> str:
         return f"softmax={self.softmax!r}"

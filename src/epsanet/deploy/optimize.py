@@ -1,0 +1,339 @@
+"""A network for inference on CPUs: what training needs is folded away, what remains runs once over memory.
+
+Norms go into the convolutions before them; a PSA module, its norm and its activation become one operator; the order in
+which the native kernels hold channels goes into the 1×1 convolutions on both sides; convolutions take their activation
+and the residual sum along. The network is traced with ``torch.fx``, so that timm's blocks need no copies here.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from epsanet import kernels
+from epsanet.network.psa import PSA
+
+__all__ = ["OptimizedNetwork", "optimize"]
+
+TOLERANCE = 1e-4
+
+
+class OptimizedNetwork(nn.Module):
+    """What ``optimize`` returns: channels-last input, no gradients.
+
+    Args:
+        network: the optimised layers.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Logits of shape ``N, classes`` for images of shape ``N, 3, H, W``."""
+        with torch.no_grad():
+            logits: Tensor = self.network(x_NCHW.contiguous(memory_format=torch.channels_last))
+        return logits
+
+
+def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) -> OptimizedNetwork:
+    """Make an inference network for CPUs; the model itself stays as it is.
+
+    EPSANet of every variant gains most. Of other networks whatever applies is done: norms folded, channels-last,
+    activations and sums fused. The result is compared with the model on the example.
+
+    Args:
+        model: a classifier, on the CPU, float32.
+        example_input: images of shape ``N, 3, H, W``, as they will come; other batches and sizes work too.
+        compile: also ``torch.compile`` with frozen weights. That takes a minute, and each new shape another.
+
+    Returns:
+        A module that gives the model's logits to 1e-4 of the largest one.
+
+    Raises:
+        ValueError: for a model or an example that is not float32 on the CPU, or whose logits come out different.
+    """
+    for name, tensor in (("example_input", example_input), *model.named_parameters()):
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}; optimize is for float32 on the CPU, "
+                "use model.float().cpu()"
+            )
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.no_grad():
+        expected = frozen(example_input)
+    try:
+        network = _fuse(_Tracer().trace_module(frozen), fuse_convolutions=not compile)
+    except (fx.proxy.TraceError, TypeError, NotImplementedError):
+        network = frozen  # control flow that depends on data cannot be traced
+    network = network.to(memory_format=torch.channels_last)
+    if compile:
+        network = torch.compile(network, options={"freezing": True})  # type: ignore[assignment]
+    optimized = OptimizedNetwork(network).eval()
+    difference = (optimized(example_input) - expected).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise ValueError(f"the optimised network's logits differ by {difference:.2g}; please report this model")
+    return optimized
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+class _Attention(nn.Module):
+    """A PSA module with the norm and ReLU after it, computed by one native operator."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, psa: PSA, norm: nn.BatchNorm2d | None, relu: bool) -> None:
+        super().__init__()
+        convs = [conv for conv in psa.spc.branches if isinstance(conv, nn.Conv2d)]
+        self.split = psa.spc.mode == "split"
+        self.in_channels = convs[0].in_channels * (len(convs) if self.split else 1)
+        self.kernel_sizes = [conv.kernel_size[0] for conv in convs]
+        self.groups = [conv.groups for conv in convs]
+        self.stride = convs[0].stride[0]
+        self.over_scales = psa.softmax == "scales"
+        self.relu, self.ordered = relu, False
+        weights = [conv.weight for conv in convs]
+        out_channels = sum(conv.out_channels for conv in convs)
+        self.register_buffer("packed", kernels.pack_for_inference(weights, self.in_channels, self.groups, self.split))
+        for name, fc in (("fc1", psa.se.fc1), ("fc2", psa.se.fc2)):
+            bias = fc.bias if fc.bias is not None else torch.zeros(fc.out_channels)
+            self.register_buffer(f"{name}_weight", fc.weight.detach().flatten(1).contiguous())
+            self.register_buffer(f"{name}_bias", bias.detach().contiguous())
+        scale, shift = _scale_and_shift(norm, out_channels)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def keep_lane_order(self) -> None:
+        """Take and give channels in the kernels' order from now on."""
+        order = self.output_order()
+        self.scale, self.shift = self.scale[order].contiguous(), self.shift[order].contiguous()
+        self.ordered = True
+
+    def input_order(self) -> Tensor:
+        return torch.tensor(kernels.input_order(self.in_channels, tuple(self.groups), self.split))
+
+    def output_order(self) -> Tensor:
+        return torch.tensor(kernels.output_order(len(self.scale), tuple(self.groups), self.split))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.epsanet.pyramid_attention(
+            x,
+            self.packed,
+            [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias],
+            self.scale,
+            self.shift,
+            self.kernel_sizes,
+            self.groups,
+            self.stride,
+            self.split,
+            self.over_scales,
+            self.relu,
+            self.ordered,
+        )
+        return y
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d | None, channels: int) -> tuple[Tensor, Tensor]:
+    if norm is None:
+        return torch.ones(channels), torch.zeros(channels)
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None  # _foldable
+    assert variance is not None
+    scale = torch.rsqrt(variance.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale.float().detach(), shift.float().detach()
+
+
+class _FusedConvolution(nn.Module):
+    """A convolution that adds a residual and applies ReLU before its result leaves the cache."""
+
+    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.layer = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        self.relu = relu
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        fused = torch.ops.mkldnn._convolution_pointwise
+        y: Tensor
+        if residual is None:
+            y = fused(x, self.weight, self.bias, *self.layer, "relu" if self.relu else "none", [], "")
+        else:
+            after = "relu" if self.relu else None
+            y = fused.binary(x, residual, self.weight, self.bias, *self.layer, "add", 1.0, after, [], None)
+        return y
+
+
+class _NativeConvolution(nn.Module):
+    """The same on the native kernels, whose weights are packed once; for 1×1 convolutions, where that counts."""
+
+    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+        super().__init__()
+        bias = conv.bias if conv.bias is not None else torch.zeros(conv.out_channels)
+        self.register_buffer("packed", kernels.pack_for_inference([conv.weight], conv.in_channels, [1], False))
+        self.register_buffer("bias", bias.detach().contiguous())
+        self.stride, self.relu = conv.stride[0], relu
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.epsanet.fused_convolution(x, self.packed, self.bias, residual, 1, self.stride, self.relu)
+        return y
+
+
+def _fused(conv: nn.Conv2d, relu: bool) -> nn.Module:
+    plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    if plain and conv.stride[0] == conv.stride[1] and kernels.available():
+        return _NativeConvolution(conv, relu)
+    return _FusedConvolution(conv, relu)
+
+
+# ---------------------------------------------------------------------------------------------------------------- graph
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, PSA) or super().is_leaf_module(m, module_qualified_name)
+
+    def trace_module(self, model: nn.Module) -> fx.GraphModule:
+        return fx.GraphModule(model, self.trace(model))
+
+
+class _Rewriter:
+    """Looks at a traced network and replaces its layers."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        self.network = network
+        self.layers: dict[str, nn.Module] = dict(network.named_modules())
+
+    def layer(self, node: Any) -> nn.Module | None:
+        return self.layers[str(node.target)] if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+    def replace(self, node: fx.Node, layer: nn.Module) -> None:
+        parent, _, name = str(node.target).rpartition(".")
+        setattr(self.layers[parent], name, layer)
+        self.layers[str(node.target)] = layer
+
+    def drop(self, node: fx.Node) -> None:
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        self.network.graph.erase_node(node)
+
+    def only_user(self, node: fx.Node) -> fx.Node | None:
+        """The one place that uses a layer's result, when the layer is not called twice."""
+        calls = sum(other.op == "call_module" and other.target == node.target for other in self.network.graph.nodes)
+        return next(iter(node.users)) if len(node.users) == 1 and calls == 1 else None
+
+    def nodes(self, kind: type[nn.Module]) -> list[fx.Node]:
+        return [node for node in self.network.graph.nodes if isinstance(self.layer(node), kind)]
+
+
+def _foldable(norm: nn.Module | None) -> bool:
+    return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+
+
+def _fuse(network: fx.GraphModule, fuse_convolutions: bool) -> nn.Module:
+    rewriter = _Rewriter(network)
+    for node in [*rewriter.nodes(nn.Identity), *rewriter.nodes(nn.Dropout)]:
+        rewriter.drop(node)
+    _fold_norms(rewriter)
+    _fuse_attention(rewriter)
+    if fuse_convolutions and torch.backends.mkldnn.is_available():
+        _fuse_residuals(rewriter)
+    network.graph.lint()
+    network.recompile()
+    network.delete_all_unused_submodules()
+    return network
+
+
+def _fold_norms(rewriter: _Rewriter) -> None:
+    for node in rewriter.nodes(nn.BatchNorm2d):
+        before, norm = node.args[0], rewriter.layer(node)
+        conv = rewriter.layer(before)
+        if type(conv) is nn.Conv2d and _foldable(norm) and rewriter.only_user(before) is node:  # type: ignore[arg-type]
+            rewriter.replace(before, fuse_conv_bn_eval(conv, norm))  # type: ignore[arg-type]
+            rewriter.drop(node)
+
+
+def _fuse_attention(rewriter: _Rewriter) -> None:
+    for node in rewriter.nodes(PSA):
+        psa = rewriter.layer(node)
+        assert isinstance(psa, PSA)
+        convs = [conv for conv in psa.spc.branches if isinstance(conv, nn.Conv2d)]
+        split, groups = psa.spc.mode == "split", [conv.groups for conv in convs]
+        seen = convs[0].in_channels * (len(convs) if split else 1)
+        reason = kernels.reason_against(
+            torch.empty(1, seen, 1, 1),
+            [conv.weight for conv in convs],
+            groups,
+            convs[0].stride[0],
+            convs[0].dilation[0],
+            split,
+        )
+        if reason is not None:
+            continue
+        norm = relu = None
+        after = rewriter.only_user(node)
+        if after is not None and _foldable(rewriter.layer(after)):
+            norm = rewriter.layer(after)
+            rewriter.drop(after)
+            after = rewriter.only_user(node)
+        if after is not None and isinstance(rewriter.layer(after), nn.ReLU):
+            relu = True
+            rewriter.drop(after)
+        attention = _Attention(psa, norm, bool(relu))  # type: ignore[arg-type]
+        rewriter.replace(node, attention)
+        _fold_order(rewriter, node, attention)
+
+
+def _fold_order(rewriter: _Rewriter, node: fx.Node, attention: _Attention) -> None:
+    """Let the convolutions on both sides write and read the lane order, where they are the only ones concerned."""
+    before = node.args[0]
+    while isinstance(rewriter.layer(before), nn.ReLU) and len(before.users) == 1:  # type: ignore[union-attr]
+        before = before.args[0]  # type: ignore[union-attr]
+    after = rewriter.only_user(node)
+    writer, reader = rewriter.layer(before), rewriter.layer(after)
+    if not (type(writer) is nn.Conv2d and type(reader) is nn.Conv2d and writer.groups == reader.groups == 1):
+        return
+    if rewriter.only_user(before) is None:  # type: ignore[arg-type]
+        return
+    attention.keep_lane_order()
+    into, out = attention.input_order(), attention.output_order()
+    writer.weight = nn.Parameter(writer.weight[into].contiguous(), requires_grad=False)
+    if writer.bias is not None:
+        writer.bias = nn.Parameter(writer.bias[into].contiguous(), requires_grad=False)
+    reader.weight = nn.Parameter(reader.weight[:, out].contiguous(), requires_grad=False)
+
+
+def _fuse_residuals(rewriter: _Rewriter) -> None:
+    """Give convolutions the sum and the ReLU that follow them."""
+    additions = (operator.add, operator.iadd, torch.add)
+    for node in rewriter.nodes(nn.Conv2d):
+        conv = rewriter.layer(node)
+        if type(conv) is not nn.Conv2d or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+            continue
+        after, residual, last = rewriter.only_user(node), None, node
+        if after is None:
+            continue
+        if after.op == "call_function" and after.target in additions and len(after.args) == 2 and not after.kwargs:
+            others = [argument for argument in after.args if argument is not node]
+            if len(others) == 1 and isinstance(others[0], fx.Node) and others[0] < node:
+                residual, last = others[0], after
+                after = next(iter(after.users)) if len(after.users) == 1 else None
+        relu = after is not None and isinstance(rewriter.layer(after), nn.ReLU)
+        if relu and after is not None:
+            rewriter.drop(after)
+        if residual is not None:
+            last.replace_all_uses_with(node)
+            rewriter.network.graph.erase_node(last)
+            node.args = (*node.args, residual)
+        rewriter.replace(node, _fused(conv, relu))

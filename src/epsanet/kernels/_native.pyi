@@ -1,0 +1,55 @@
+from collections.abc import Sequence
+
+from torch import Tensor
+
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def set_instruction_set(name: str) -> None: ...
+def fingerprint(weights: Sequence[Tensor]) -> int: ...
+
+class Layer:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_sizes: Sequence[int],
+        groups: Sequence[int],
+        stride: int,
+        split: bool,
+        in_order: Sequence[int],
+        out_order: Sequence[int],
+    ) -> None: ...
+    def packed_size(self, backward: bool) -> int: ...
+    def pack(self, weights: Sequence[Tensor], packed: Tensor, backward: bool, threads: int) -> None: ...
+    def forward(self, x: Tensor, packed: Tensor, y: Tensor, sums: Tensor, ordered: bool, threads: int) -> None: ...
+    def infer_convolution(
+        self, x: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None, y: Tensor, relu: bool, threads: int
+    ) -> None: ...
+    def infer(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        y: Tensor,
+        over_scales: bool,
+        relu: bool,
+        ordered: bool,
+        threads: int,
+    ) -> None: ...
+    def input_gradient(
+        self, dy: Tensor, dsums: Tensor | None, packed: Tensor, dx: Tensor, ordered: bool, threads: int
+    ) -> None: ...
+    def weight_gradient(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        dsums: Tensor | None,
+        gradients: Sequence[Tensor],
+        ordered: bool,
+        threads: int,
+    ) -> None: ...

@@ -1,0 +1,217 @@
+// What Python sees. Buffers are declared with type, dimensions, contiguity and device, so that a wrong one raises.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "convolution.hpp"
+
+namespace nb = nanobind;
+using namespace epsanet;
+
+namespace {
+
+template <class Type, class Shape> using Buffer = nb::ndarray<Type, Shape, nb::c_contig, nb::device::cpu>;
+using Image = Buffer<const float, nb::ndim<4>>;
+using Weight = Buffer<const float, nb::ndim<4>>;
+using Weights = std::vector<Weight>;
+using Matrix = Buffer<const float, nb::ndim<2>>;
+using Row = Buffer<const float, nb::ndim<1>>;
+
+void require(bool condition, const char *message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+// A layer of fixed channels, kernels and groups. Orders are lists of natural channels by lane position, empty for
+// lanes of images.
+class Layer {
+  public:
+    Layer(int in_channels, int out_channels, const std::vector<int> &kernels, const std::vector<int> &groups,
+          int stride, bool split, std::vector<std::int32_t> in_order, std::vector<std::int32_t> out_order)
+        : in_channels_(in_channels), out_channels_(out_channels), stride_(stride), split_(split),
+          in_order_(std::move(in_order)), out_order_(std::move(out_order)) {
+        require(kernels.size() == groups.size(), "kernels and groups must have one entry a branch");
+        for (std::size_t b = 0; b < kernels.size(); ++b) branches_.push_back({kernels[b], groups[b]});
+        require(in_order_.size() == out_order_.size() ? in_order_.empty() || int(in_order_.size()) == in_channels
+                                                      : int(in_order_.size()) == in_channels,
+                "the input order must name every channel");
+        require(out_order_.empty() ? in_order_.empty() : int(out_order_.size()) == out_channels,
+                "the output order must name every channel");
+        problem(1, 1, 1, false);
+    }
+
+    Problem problem(int batch, int height, int width, bool ordered) const {
+        const bool images = in_order_.empty();
+        return make_problem(batch, height, width, in_channels_, out_channels_, stride_, branches_, split_,
+                            images ? Lanes::images : Lanes::groups, ordered, images ? nullptr : in_order_.data(),
+                            images ? nullptr : out_order_.data());
+    }
+
+    std::size_t packed_size(bool backward) const {
+        return epsanet::packed_size(problem(1, 1, 1, false), direction(backward));
+    }
+
+    void pack(const Weights &weights, Buffer<float, nb::ndim<1>> packed, bool backward, int threads) const {
+        const Problem layer = problem(1, 1, 1, false);
+        require(weights.size() == branches_.size(), "there must be one weight a branch");
+        std::vector<const float *> pointers;
+        for (std::size_t b = 0; b < weights.size(); ++b) {
+            check_weight(layer.branches[b], weights[b].shape(0), weights[b].shape(1), weights[b].shape(2),
+                         weights[b].shape(3));
+            pointers.push_back(weights[b].data());
+        }
+        require(packed.size() == packed_size(backward), "the packed buffer has the wrong size");
+        const nb::gil_scoped_release release;
+        pack_weights(layer, direction(backward), pointers.data(), packed.data(), threads);
+    }
+
+    void forward(Image x, Row packed, Buffer<float, nb::ndim<4>> y, Buffer<float, nb::ndim<2>> sums, bool ordered,
+                 int threads) const {
+        const Problem layer = problem_of(x, ordered);
+        check_packed(packed, false);
+        check_result(layer, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
+        require(sums.shape(0) == x.shape(0) && int(sums.shape(1)) == out_channels_, "sums must be N × K");
+        const nb::gil_scoped_release release;
+        epsanet::forward(layer, x.data(), packed.data(), y.data(), sums.data(), threads);
+    }
+
+    // Convolutions with bias, residual and activation of an inference network, in lane order.
+    void infer_convolution(Image x, Row packed, Row bias, std::optional<Image> residual,
+                           Buffer<float, nb::ndim<4>> y, bool relu, int threads) const {
+        Problem layer = problem_of(x, true);
+        check_packed(packed, false);
+        check_result(layer, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
+        require(int(bias.size()) == out_channels_, "the bias must have K entries");
+        if (residual)
+            check_result(layer, residual->shape(0), residual->shape(1), residual->shape(2), residual->shape(3));
+        layer.bias = bias.data();
+        layer.residual = residual ? residual->data() : nullptr;
+        layer.relu = relu;
+        const nb::gil_scoped_release release;
+        epsanet::forward(layer, x.data(), packed.data(), y.data(), nullptr, threads);
+    }
+
+    // Convolutions, attention, norm and activation of an inference network.
+    void infer(Image x, Row packed, Matrix fc1_weight, Row fc1_bias, Matrix fc2_weight, Row fc2_bias, Row scale,
+               Row shift, Buffer<float, nb::ndim<4>> y, bool over_scales, bool relu, bool ordered,
+               int threads) const {
+        const Problem layer = problem_of(x, ordered);
+        check_packed(packed, false);
+        check_result(layer, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
+        const std::size_t channels = layer.out_channels, each = channels / branches_.size();
+        const std::size_t hidden = fc1_weight.shape(0);
+        require(fc1_weight.shape(1) == each && fc1_bias.size() == hidden && fc2_weight.shape(0) == each &&
+                    fc2_weight.shape(1) == hidden && fc2_bias.size() == each,
+                "the SEWeight's maps must be hidden × D and D × hidden");
+        require(scale.size() == channels && shift.size() == channels, "scale and shift must have K entries");
+        const Attention attention{fc1_weight.data(), fc1_bias.data(), fc2_weight.data(), fc2_bias.data(),
+                                  int(hidden),       over_scales,     scale.data(),      shift.data(),
+                                  relu};
+        const nb::gil_scoped_release release;
+        std::vector<float> sums(layer.batch * channels);
+        epsanet::forward(layer, x.data(), packed.data(), y.data(), sums.data(), threads);
+        recalibrate(layer, attention, sums.data(), y.data(), threads);
+    }
+
+    void input_gradient(Image dy, std::optional<Matrix> dsums, Row packed, Buffer<float, nb::ndim<4>> dx,
+                        bool ordered, int threads) const {
+        const Problem layer = problem_of(dx, ordered);
+        check_packed(packed, true);
+        check_gradient(layer, dy, dsums);
+        const nb::gil_scoped_release release;
+        epsanet::input_gradient(layer, dy.data(), dsums ? dsums->data() : nullptr, packed.data(), dx.data(), threads);
+    }
+
+    void weight_gradient(Image x, Image dy, std::optional<Matrix> dsums,
+                         const std::vector<Buffer<float, nb::ndim<4>>> &gradients, bool ordered, int threads) const {
+        const Problem layer = problem_of(x, ordered);
+        check_gradient(layer, dy, dsums);
+        require(gradients.size() == branches_.size(), "there must be one gradient a branch");
+        std::vector<float *> pointers;
+        for (std::size_t b = 0; b < gradients.size(); ++b) {
+            check_weight(layer.branches[b], gradients[b].shape(0), gradients[b].shape(1), gradients[b].shape(2),
+                         gradients[b].shape(3));
+            pointers.push_back(gradients[b].data());
+        }
+        const nb::gil_scoped_release release;
+        epsanet::weight_gradient(layer, x.data(), dy.data(), dsums ? dsums->data() : nullptr, pointers.data(),
+                                 threads);
+    }
+
+  private:
+    static Direction direction(bool backward) { return backward ? Direction::backward : Direction::forward; }
+
+    template <class Array> Problem problem_of(const Array &x, bool ordered) const {
+        require(int(x.shape(3)) == in_channels_, "the input must be N × H × W × C with the layer's channels");
+        return problem(int(x.shape(0)), int(x.shape(1)), int(x.shape(2)), ordered);
+    }
+
+    void check_result(const Problem &layer, std::size_t n, std::size_t h, std::size_t w, std::size_t k) const {
+        require(int(n) == layer.batch && int(h) == layer.out_height && int(w) == layer.out_width &&
+                    int(k) == out_channels_,
+                "the output must be N × H' × W' × K");
+    }
+
+    void check_gradient(const Problem &layer, const Image &dy, const std::optional<Matrix> &dsums) const {
+        check_result(layer, dy.shape(0), dy.shape(1), dy.shape(2), dy.shape(3));
+        require(!dsums || (int(dsums->shape(0)) == layer.batch && int(dsums->shape(1)) == out_channels_),
+                "the gradient of the sums must be N × K");
+    }
+
+    void check_packed(const Row &packed, bool backward) const {
+        require(packed.size() == packed_size(backward), "the packed weights have the wrong size");
+    }
+
+    static void check_weight(const Branch &branch, std::size_t out, std::size_t in, std::size_t rows,
+                             std::size_t columns) {
+        require(int(out) == branch.out_channels && int(in) == branch.in_channels / branch.groups &&
+                    int(rows) == branch.kernel && int(columns) == branch.kernel,
+                "a weight must be D × C / groups × k × k");
+    }
+
+    int in_channels_, out_channels_, stride_;
+    bool split_;
+    std::vector<std::int32_t> in_order_, out_order_;
+    std::vector<BranchShape> branches_;
+};
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    module.def("instruction_sets", &instruction_sets);
+    module.def("instruction_set", &instruction_set);
+    module.def("set_instruction_set", &set_instruction_set, nb::arg("name"));
+    module.def(
+        "fingerprint",
+        [](const Weights &weights) {
+            const nb::gil_scoped_release release;
+            std::uint64_t number = 0xcbf29ce484222325;
+            for (const Weight &weight : weights) number = fingerprint(weight.data(), weight.size(), number);
+            return number;
+        },
+        nb::arg("weights").noconvert());
+    nb::class_<Layer>(module, "Layer")
+        .def(nb::init<int, int, const std::vector<int> &, const std::vector<int> &, int, bool,
+                      std::vector<std::int32_t>, std::vector<std::int32_t>>(),
+             nb::arg("in_channels"), nb::arg("out_channels"), nb::arg("kernel_sizes"), nb::arg("groups"),
+             nb::arg("stride"), nb::arg("split"), nb::arg("in_order"), nb::arg("out_order"))
+        .def("packed_size", &Layer::packed_size, nb::arg("backward"))
+        .def("pack", &Layer::pack, nb::arg("weights").noconvert(), nb::arg("packed").noconvert(), nb::arg("backward"), nb::arg("threads"))
+        .def("forward", &Layer::forward, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
+             nb::arg("y").noconvert(), nb::arg("sums").noconvert(), nb::arg("ordered"), nb::arg("threads"))
+        .def("infer_convolution", &Layer::infer_convolution, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
+             nb::arg("bias").noconvert(), nb::arg("residual").none(), nb::arg("y").noconvert(), nb::arg("relu"),
+             nb::arg("threads"))
+        .def("infer", &Layer::infer, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
+             nb::arg("fc1_weight").noconvert(), nb::arg("fc1_bias").noconvert(), nb::arg("fc2_weight").noconvert(),
+             nb::arg("fc2_bias").noconvert(), nb::arg("scale").noconvert(), nb::arg("shift").noconvert(),
+             nb::arg("y").noconvert(), nb::arg("over_scales"), nb::arg("relu"), nb::arg("ordered"), nb::arg("threads"))
+        .def("input_gradient", &Layer::input_gradient, nb::arg("dy").noconvert(), nb::arg("dsums").none(),
+             nb::arg("packed").noconvert(), nb::arg("dx").noconvert(), nb::arg("ordered"), nb::arg("threads"))
+        .def("weight_gradient", &Layer::weight_gradient, nb::arg("x").noconvert(), nb::arg("dy").noconvert(),
+             nb::arg("dsums").none(), nb::arg("gradients").noconvert(), nb::arg("ordered"), nb::arg("threads"));
+}

@@ -1,0 +1,32 @@
+// The loops with 512-bit vectors. Compiled for AVX-512 F, DQ, VL and BW, called only where the processor has them.
+#include <immintrin.h>
+
+#define EPSANET_ISA avx512
+
+namespace epsanet::avx512 {
+constexpr int max_pixels[] = {14, 14};  // output pixels held in registers, for one and two result vectors a pixel
+constexpr int max_taps = 8;                 // sums of a weight gradient held in registers
+constexpr bool weights_fit_registers = true;  // those of a whole kernel row
+
+struct Vector {
+    __m512 value;
+};
+static inline Vector zero() { return {_mm512_setzero_ps()}; }
+static inline Vector load(const float *from) { return {_mm512_loadu_ps(from)}; }
+static inline void store(float *to, Vector v) { _mm512_storeu_ps(to, v.value); }
+static inline Vector add(Vector a, Vector b) { return {_mm512_add_ps(a.value, b.value)}; }
+static inline Vector multiply_add(Vector a, Vector b, Vector sum) { return {_mm512_fmadd_ps(a.value, b.value, sum.value)}; }
+// ReLU; the second operand is what a NaN passes through.
+static inline Vector positive(Vector v) { return {_mm512_max_ps(_mm512_setzero_ps(), v.value)}; }
+
+// The same `width` floats repeated over all lanes; a broadcast from memory costs no shuffle.
+template <int width> static inline Vector repeat(const float *from) {
+    if constexpr (width == 1) return {_mm512_set1_ps(*from)};
+    if constexpr (width == 2) return {_mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from))))))};
+    if constexpr (width == 4) return {_mm512_broadcast_f32x4(_mm_loadu_ps(from))};
+    if constexpr (width == 8) return {_mm512_broadcast_f32x8(_mm256_loadu_ps(from))};
+    if constexpr (width == 16) return load(from);
+}
+}  // namespace epsanet::avx512
+
+#include "loops.hpp"

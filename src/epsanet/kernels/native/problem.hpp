@@ -1,0 +1,88 @@
+// One layer of grouped convolutions, and what an instruction set implements of it.
+//
+// Nothing here is inline: the linker keeps one copy of an inline function, and it may be the one that was compiled
+// for a newer processor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace epsanet {
+
+constexpr int lanes = 16;         // floats of one vector, on every instruction set
+constexpr int max_branches = 8;   // convolutions of one layer
+constexpr int max_kernel = 31;
+constexpr int weight_block = 2;   // result vectors that share one load of the source
+
+// One convolution k×k with padding (k - 1) / 2. Channels are counted and offset inside the layer's tensors.
+struct Branch {
+    int kernel, groups;
+    int in_channels, out_channels;
+    int in_offset, out_offset;
+    int in_place, out_place;  // offsets in scratch, where every branch has room for whole vectors
+};
+
+// What a vector's lanes are: the groups of one image (order.py has the channel order), or the same channel of sixteen
+// images, for layers too narrow to fill a vector with groups.
+enum class Lanes { groups, images };
+
+struct Problem {
+    int batch, height, width, in_channels, out_channels, stride;
+    int out_height, out_width, padding;  // padding: of the largest kernel
+    int branch_count;
+    Branch branches[max_branches];
+    bool split;
+    Lanes lanes_are;
+    bool ordered;  // tensors outside hold the lane order already
+    const std::int32_t *in_order, *out_order;  // natural channel of each lane position
+    int in_places, out_places;
+    // What an inference network does to a result in lane order before it leaves the cache; null and false: nothing.
+    const float *bias, *residual;
+    bool relu;
+    int forward_rows, backward_rows, forward_bands, backward_bands;  // rows of a unit of work
+};
+
+enum class Direction { forward, backward };  // backward: from the result's gradient to the input's
+
+// How one branch's tensors meet the lanes, the same for packing weights and for computing.
+struct Layout {
+    int width;         // neighbouring floats of the source that one load repeats over the lanes
+    int outer;         // independent sets of lanes
+    int depth;         // source channels of a group
+    int results;       // result channels of a group
+    int repeats;       // results of a group side by side in one vector
+    int blocks;        // result vectors of one set of lanes
+    int weight_lanes;  // weights side by side for one vector: 16, or 1 that serves all
+};
+
+Layout layout_of(const Problem &problem, const Branch &branch, Direction direction);
+
+// Rows of one image (or of sixteen). `branch`, `outer` and `block` pick one part of a forward pass; -1: all of it.
+struct Unit {
+    int image, band, row_begin, row_end;
+    int branch, outer, block;
+};
+
+struct Scratch {
+    float *source, *second, *result;
+};
+
+// The operations in one instruction set. `add` is added to every pixel of the result's gradient.
+struct Kernels {
+    const char *name;
+    void (*forward)(const Problem &, const Unit &, const float *x, const float *weights, float *y, float *sums,
+                    const Scratch &);
+    void (*input_gradient)(const Problem &, const Unit &, const float *dy, const float *add, const float *weights,
+                           float *dx, const Scratch &);
+    void (*weight_gradient)(const Problem &, const Unit &, const float *x, const float *dy, const float *add,
+                            float *gradient, const Scratch &);
+    // y = y · scale + shift for every pixel of one image, then ReLU if asked for.
+    void (*rescale)(float *y, int pixels, int channels, const float *scale, const float *shift, bool relu);
+};
+
+extern const Kernels kernels_portable;
+#ifdef EPSANET_X86
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+}  // namespace epsanet

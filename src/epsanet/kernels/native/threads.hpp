@@ -1,0 +1,11 @@
+// Shares numbered pieces of work between threads.
+#pragma once
+
+#include <functional>
+
+namespace epsanet {
+
+// Calls work(piece, thread) for every piece below `pieces`, on at most `threads` threads, the caller's among them.
+void share(int pieces, int threads, const std::function<void(int, int)> &work);
+
+}  // namespace epsanet
