@@ -15,10 +15,16 @@ help:
 	@echo "make docs   the documentation, into site/"
 	@echo "make bench  measurements, as tables"
 
-$(VENV)/.ready: pyproject.toml
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+$(VENV)/.dependencies: pyproject.toml
 	rm -rf $(VENV)
 	python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.ready
+
+$(VENV)/.ready: $(VENV)/.dependencies CMakeLists.txt $(wildcard src/epsanet/kernels/native/*)
+	$(PIP) --no-deps --force-reinstall --editable .
 	touch $@
 
 demo: $(VENV)/.ready
@@ -38,8 +44,7 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.ready
-	$(BIN)/python benchmarks/cost.py
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[bench]'
+	$(PIP) --editable '.[bench]'
 	$(BIN)/python benchmarks/speed.py
 
 clean:
