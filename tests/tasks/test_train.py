@@ -145,7 +145,7 @@ def test_it_says_what_it_found_what_it_got_and_how_to_go_on(trained: Any) -> Non
     text, result = trained.printed, trained.result
     assert "epsanet14_tiny, " in text
     assert "input 8×8" in text
-    assert re.search(r"device +cpu, \d+ threads, precision 32-true", text)
+    assert re.search(r"device +cpu, \d+ threads?, precision 32-true", text)
     assert re.search(r"classes +3: ant, bee, cow", text)
     assert "44 images of 3 classes, 14 to 15 a class, 14×14 pixels; 1 damaged" in text
     assert text.count("train/cow/003.png: not an image") == 1
