@@ -14,7 +14,7 @@ from test_images import bomb
 
 from epsanet.data.check import check_images
 from epsanet.data.images import read_image
-from epsanet.data.sources import FolderSamples
+from epsanet.data.samples import FolderSamples
 
 
 @pytest.fixture

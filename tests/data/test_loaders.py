@@ -25,7 +25,7 @@ from epsanet.data.loaders import (
     train_transform,
     worker_count,
 )
-from epsanet.data.sources import FolderSamples
+from epsanet.data.samples import FolderSamples
 
 PREPROCESSING: dict[str, Any] = {
     "input_size": (3, 8, 8),

@@ -21,7 +21,8 @@ from sklearn.datasets import load_digits
 from epsanet.data.config import DataConfig
 from epsanet.data.images import read_image
 from epsanet.data.loaders import evaluation_loader, train_loader
-from epsanet.data.sources import Samples, Stream, match_classes, open_data, open_split
+from epsanet.data.samples import Samples, Stream, match_classes
+from epsanet.data.sources import open_data, open_split
 
 PREPROCESSING = {
     "input_size": (3, 12, 12),

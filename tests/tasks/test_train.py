@@ -25,7 +25,8 @@ from tasks_reading import same_state
 from epsanet.data.check import check_images
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import train_loader
-from epsanet.data.sources import FolderSamples, open_data
+from epsanet.data.samples import FolderSamples
+from epsanet.data.sources import open_data
 from epsanet.network.weights import create_model, load_model
 from epsanet.tasks.classification import Classifier, DivergedError
 from epsanet.tasks.config import TrainConfig, load_recipe

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from epsanet.data.images import ImageError, read_image
-from epsanet.data.sources import Samples, Subset
+from epsanet.data.samples import Samples, Subset
 
 __all__ = ["CheckReport", "check_images"]
 

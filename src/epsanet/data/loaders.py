@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from epsanet.data.config import DataConfig
 from epsanet.data.images import ImageError, read_image
-from epsanet.data.sources import Samples, Stream
+from epsanet.data.samples import Samples, Stream
 
 __all__ = [
     "ImageDataset",

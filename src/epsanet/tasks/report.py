@@ -11,7 +11,7 @@ from rich.table import Table
 
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import worker_count
-from epsanet.data.sources import Stream
+from epsanet.data.samples import Stream
 from epsanet.tasks.console import console, counted
 from epsanet.tasks.run import Run
 
