@@ -26,7 +26,11 @@ T = TypeVar("T")
 
 
 def progress_bar() -> Progress:
-    """A bar with counts, elapsed and remaining time that leaves no trace; silent when not at a terminal."""
+    """A bar with counts, elapsed and remaining time that leaves no trace; silent where there is no terminal.
+
+    It shares the console of the results where that is a terminal, so that lines go above the bar and not into it.
+    """
+    place = console if console.is_terminal else messages
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -34,9 +38,9 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("remaining"),
         TimeRemainingColumn(),
-        console=messages,
+        console=place,
         transient=True,
-        disable=not messages.is_terminal,
+        disable=not place.is_terminal,
     )
 
 
