@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import timm
 import torch
@@ -132,3 +134,11 @@ def test_a_model_in_training_mode_stays_so_and_is_optimised_for_evaluation() -> 
     assert not model.get_submodule("bn1").training
     assert model.get_submodule("layer1.0.bn1").training
     check_same_logits(model.eval(), optimized, images("tiny", 2))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_inference_network_gives_the_same_logits_also_for_other_shapes() -> None:
+    model = trained_looking("epsanet14_tiny")
+    optimized = optimize(model, images("epsanet14_tiny", 4), compile=True)
+    check_same_logits(model, optimized, images("epsanet14_tiny", 4))
+    check_same_logits(model, optimized, torch.randn(3, 3, 40, 40))
