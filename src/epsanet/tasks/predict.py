@@ -20,6 +20,7 @@ from epsanet.data.loaders import evaluation_transform
 from epsanet.data.sources import require
 from epsanet.network.weights import LoadedModel, load_model
 from epsanet.tasks.devices import resolve_device
+from epsanet.tasks.scores import probabilities
 
 __all__ = ["Prediction", "find_images", "predict", "write_predictions"]
 
@@ -134,7 +135,7 @@ def _predict(
         if batch is not None:
             with torch.inference_mode():
                 logits = network(batch.to(device, memory_format=torch.channels_last))
-            best = logits.float().softmax(dim=1).topk(topk)
+            best = probabilities(logits).topk(topk)
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for path, error in files:
             if error:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-__all__ = ["Evaluation", "Score", "accuracy_interval"]
+__all__ = ["Evaluation", "Score", "accuracy_interval", "probabilities"]
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -119,5 +119,5 @@ class Score(nn.Module):
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Softmax over classes in float32, shape ``N, classes``; the same in training, evaluation and prediction."""
+    """Softmax over classes in float32 for logits of shape ``N, classes``, whatever their type."""
     return torch.softmax(logits.float(), dim=1)
