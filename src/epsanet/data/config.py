@@ -49,6 +49,9 @@ class DataConfig:
     """Smallest and largest share of the area that a training crop covers."""
     ratio: tuple[float, float] = (0.75, 1.3333)
     """Smallest and largest width / height of a training crop."""
+    crop_padding: int | None = None
+    """Take the training crop from the image at input_size with a reflected border of this many pixels, as is usual for
+    CIFAR, instead of a random resized crop of ``scale`` and ``ratio``."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     vflip: float = 0.0
@@ -71,6 +74,8 @@ class DataConfig:
             raise ValueError(f"data.input_size={self.input_size} is too small; use 8 or more")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ValueError(f"data.crop_pct={self.crop_pct} is impossible; use a share up to 1, for example 0.875")
+        if self.crop_padding is not None and self.crop_padding < 0:
+            raise ValueError(f"data.crop_padding={self.crop_padding} is impossible; use 0 or more pixels")
         for name in ("hflip", "vflip", "re_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} is no probability; use 0 to 1")

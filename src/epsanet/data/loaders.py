@@ -21,6 +21,7 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchvision import transforms
 
 from epsanet.data.config import DataConfig
 from epsanet.data.images import ImageError, read_image
@@ -42,8 +43,8 @@ _SUBSTITUTES = 100
 
 
 def train_transform(config: DataConfig, data_config: dict[str, Any]) -> Any:
-    """timm's training transform: random resized crop, flips and what else the configuration asks for."""
-    return create_transform(
+    """timm's training transform: a random crop, flips and what else the configuration asks for."""
+    transform = create_transform(
         data_config["input_size"],
         is_training=True,
         scale=config.scale,
@@ -57,6 +58,16 @@ def train_transform(config: DataConfig, data_config: dict[str, Any]) -> Any:
         mean=data_config["mean"],
         std=data_config["std"],
     )
+    if config.crop_padding is not None:
+        size = data_config["input_size"][-2:]
+        mode = transforms.InterpolationMode(data_config["interpolation"])
+        transform.transforms[0] = transforms.Compose(
+            [
+                transforms.Resize(size, interpolation=mode),
+                transforms.RandomCrop(size, padding=config.crop_padding, padding_mode="reflect"),
+            ]
+        )
+    return transform
 
 
 def evaluation_transform(data_config: dict[str, Any]) -> Any:

@@ -173,6 +173,7 @@ default_cfgs = generate_default_cfgs(
         "epsanet50_large_g32": _cfg(),
         "epsanet101_large_g32": _cfg(),
         "epsanet14_tiny": _tiny_cfg(),
+        "epsanet23_tiny_wide": _tiny_cfg(),
         "epsanet26_tiny": _tiny_cfg(),
         "epsanet38_tiny": _tiny_cfg(),
         "epsanet26_tiny_x2": _tiny_cfg(),
@@ -201,6 +202,7 @@ def _create_epsanet(variant: str, pretrained: bool, kwargs: dict[str, Any], **va
 _LARGE = {"base_width": 128, "block_args": {"spc": "split", "groups": (4, 8, 16, 16)}}
 _LARGE_G32 = {"base_width": 128, "block_args": {"groups": (32, 32, 32, 32)}}
 _TINY = {"small_images": True, "channels": (16, 32, 32, 64)}
+_TINY_WIDE = {"small_images": True, "channels": (16, 32, 64, 128)}
 _TINY_X2 = {"small_images": True, "channels": (32, 64, 64, 128)}
 
 
@@ -260,6 +262,14 @@ def epsanet101_large_g32(pretrained: bool = False, **kwargs: Any) -> EPSANet:
 def epsanet14_tiny(pretrained: bool = False, **kwargs: Any) -> EPSANet:
     """For images of about 32×32, widths 16-32-32-64."""
     return _create_epsanet("epsanet14_tiny", pretrained, kwargs, block=EPSABlock, layers=(1, 1, 1, 1), **_TINY)
+
+
+@register_model
+def epsanet23_tiny_wide(pretrained: bool = False, **kwargs: Any) -> EPSANet:
+    """For images of about 32×32, widths 16-32-64-128: twice as wide at each halving, so that no stage costs most."""
+    return _create_epsanet(
+        "epsanet23_tiny_wide", pretrained, kwargs, block=EPSABlock, layers=(1, 2, 2, 2), **_TINY_WIDE
+    )
 
 
 @register_model
