@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from epsanet.data.config import DataConfig
-    from epsanet.deploy.optimize import optimize
     from epsanet.network.epsanet import EPSABasicBlock, EPSABlock, EPSANet
+    from epsanet.network.optimize import optimize
     from epsanet.network.psa import PSA, SPC, SEWeight, fit_groups
     from epsanet.network.replace import psa_replace
     from epsanet.network.weights import convert, load_model, save_model
@@ -44,7 +44,7 @@ _HOMES = {
     "fit_groups": "epsanet.network.psa",
     "load_model": "epsanet.network.weights",
     "load_recipe": "epsanet.tasks.config",
-    "optimize": "epsanet.deploy.optimize",
+    "optimize": "epsanet.network.optimize",
     "predict": "epsanet.tasks.predict",
     "psa_replace": "epsanet.network.replace",
     "save_model": "epsanet.network.weights",

@@ -20,6 +20,7 @@ from epsanet.network.weights import LoadedModel, load_model
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.console import messages, progress_bar, quiet_lightning, track
 from epsanet.tasks.devices import resolve_device
+from epsanet.tasks.inference import inference_network
 from epsanet.tasks.scores import Evaluation
 
 __all__ = ["evaluate", "evaluate_module"]
@@ -114,4 +115,5 @@ def evaluate(
         if getattr(data, key) is not None:
             data_config[key] = getattr(data, key)
     loader = evaluation_loader(samples, data, data_config)
-    return evaluate_module(Classifier(loaded.model, loaded.class_names), loader, place, precision)
+    network = inference_network(loaded.model, data_config["input_size"], place, precision, note)
+    return evaluate_module(Classifier(network, loaded.class_names), loader, place, precision)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from epsanet.data.images import IMAGE_SUFFIXES, ImageError, read_image
 from epsanet.data.loaders import evaluation_transform
 from epsanet.data.sources import require
 from epsanet.network.weights import LoadedModel, load_model
+from epsanet.tasks.console import messages
 from epsanet.tasks.devices import resolve_device
+from epsanet.tasks.inference import inference_network
 from epsanet.tasks.scores import probabilities
 
 __all__ = ["Prediction", "find_images", "predict", "write_predictions"]
@@ -98,6 +100,7 @@ def predict(
     batch_size: int = 32,
     workers: int = 0,
     device: str = "auto",
+    note: Callable[[str], None] = messages.print,
 ) -> Iterator[Prediction]:
     """Classify images, in order; unreadable ones give a prediction with an error and do not disturb the rest.
 
@@ -108,6 +111,7 @@ def predict(
         batch_size: images at a time.
         workers: processes that read images.
         device: auto, cpu, cuda, cuda:N or mps.
+        note: told what the user should know: that the network was optimised.
 
     Raises:
         ValueError: for a model, device, folder or pattern that is not there.
@@ -117,13 +121,20 @@ def predict(
     place = resolve_device(device)
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     paths = find_images(images)
-    return _predict(loaded, paths, min(topk, len(loaded.class_names)), batch_size, workers, place)
+    return _predict(loaded, paths, min(topk, len(loaded.class_names)), batch_size, workers, place, note)
 
 
 def _predict(
-    loaded: LoadedModel, paths: list[str], topk: int, batch_size: int, workers: int, device: torch.device
+    loaded: LoadedModel,
+    paths: list[str],
+    topk: int,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    note: Callable[[str], None],
 ) -> Iterator[Prediction]:
-    network = loaded.model.to(device, memory_format=torch.channels_last).eval()
+    network = inference_network(loaded.model.eval(), loaded.data_config["input_size"], device, note=note)
+    network = network.to(device, memory_format=torch.channels_last)
     loader = DataLoader(
         _Files(paths, evaluation_transform(loaded.data_config)),
         batch_size=batch_size,

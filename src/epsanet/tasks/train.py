@@ -31,6 +31,7 @@ from epsanet.tasks.console import console, duration, quiet_lightning
 from epsanet.tasks.devices import processor_name
 from epsanet.tasks.evaluate import evaluate_module
 from epsanet.tasks.figures import save_batch, save_confusion_matrix, save_curves
+from epsanet.tasks.inference import inference_network
 from epsanet.tasks.report import announce, has_tensorboard, next_commands, shown
 from epsanet.tasks.run import Run, prepare
 from epsanet.tasks.scores import Evaluation
@@ -171,10 +172,11 @@ def _save_first_batch(run: Run) -> None:
 def _finish(run: Run, history: History) -> TrainResult:
     """Test the best checkpoint and leave it as a model folder."""
     best = AtomicCheckpointIO().load_checkpoint(run.checkpoints / "best.ckpt")
-    module = Classifier(run.model, run.splits.class_names, run.config)
-    module.load_state_dict(best["state_dict"])
+    Classifier(run.model, run.splits.class_names, run.config).load_state_dict(best["state_dict"])
     split = "val" if run.splits.test is None else "test"
     loader = evaluation_loader(getattr(run.splits, split), run.config.data, run.data_config)
+    network = inference_network(run.model, run.data_config["input_size"], run.device, run.config.precision)
+    module = Classifier(network, run.splits.class_names)
     evaluation = evaluate_module(module, loader, run.device, run.config.precision)
     save_curves(run.folder / "curves.png", history.rows)
     save_confusion_matrix(run.folder / "confusion_matrix.png", evaluation, f"{split} split of {run.splits.name}")

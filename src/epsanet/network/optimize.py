@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from epsanet import kernels
@@ -68,7 +69,7 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
     with torch.no_grad():
         expected = frozen(example_input)
     try:
-        network = _fuse(_Tracer().trace_module(frozen), fuse_convolutions=not compile)
+        network = _fuse(_Tracer().trace_module(frozen), example_input, fuse_convolutions=not compile)
     except (fx.proxy.TraceError, TypeError, NotImplementedError):
         network = frozen  # control flow that depends on data cannot be traced
     network = network.to(memory_format=torch.channels_last)
@@ -241,7 +242,9 @@ def _foldable(norm: nn.Module | None) -> bool:
     return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
 
 
-def _fuse(network: fx.GraphModule, fuse_convolutions: bool) -> nn.Module:
+def _fuse(network: fx.GraphModule, example_input: Tensor, fuse_convolutions: bool) -> nn.Module:
+    with torch.no_grad():
+        ShapeProp(network).propagate(example_input)
     rewriter = _Rewriter(network)
     for node in [*rewriter.nodes(nn.Identity), *rewriter.nodes(nn.Dropout)]:
         rewriter.drop(node)
@@ -314,6 +317,10 @@ def _fold_order(rewriter: _Rewriter, node: fx.Node, attention: _Attention) -> No
     reader.weight = nn.Parameter(reader.weight[:, out].contiguous(), requires_grad=False)
 
 
+def _same_shape(first: fx.Node, second: fx.Node) -> bool:
+    return bool(first.meta["tensor_meta"].shape == second.meta["tensor_meta"].shape)
+
+
 def _fuse_residuals(rewriter: _Rewriter) -> None:
     """Give convolutions the sum and the ReLU that follow them."""
     additions = (operator.add, operator.iadd, torch.add)
@@ -326,7 +333,12 @@ def _fuse_residuals(rewriter: _Rewriter) -> None:
             continue
         if after.op == "call_function" and after.target in additions and len(after.args) == 2 and not after.kwargs:
             others = [argument for argument in after.args if argument is not node]
-            if len(others) == 1 and isinstance(others[0], fx.Node) and others[0] < node:
+            if (
+                len(others) == 1
+                and isinstance(others[0], fx.Node)
+                and others[0] < node
+                and _same_shape(others[0], node)
+            ):
                 residual, last = others[0], after
                 after = next(iter(after.users)) if len(after.users) == 1 else None
         relu = after is not None and isinstance(rewriter.layer(after), nn.ReLU)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import epsanet.network.epsanet  # noqa: F401 - registers the variants
 from epsanet import PSA, kernels, optimize
-from epsanet.deploy.optimize import _Attention
+from epsanet.network.optimize import _Attention
 
 
 def trained_looking(name: str, **kwargs: object) -> nn.Module:
@@ -142,3 +142,16 @@ def test_a_compiled_inference_network_gives_the_same_logits_also_for_other_shape
     optimized = optimize(model, images("epsanet14_tiny", 4), compile=True)
     check_same_logits(model, optimized, images("epsanet14_tiny", 4))
     check_same_logits(model, optimized, torch.randn(3, 3, 40, 40))
+
+
+def test_a_sum_that_broadcasts_is_left_as_it_is() -> None:
+    class Broadcasting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.conv = nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.conv(x) + self.pool(x)).mean((2, 3))
+
+    model, x = Broadcasting().eval(), torch.randn(2, 3, 9, 9)
+    check_same_logits(model, optimize(model, x), x)
