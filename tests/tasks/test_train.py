@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tasks_reading import same_state
 
+from epsanet import kernels
 from epsanet.data.check import check_images
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import train_loader
@@ -220,6 +221,17 @@ def smoothed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing
     logs = logits - logits.logsumexp(1, keepdim=True)
     right = logs[torch.arange(len(labels)), labels]
     return -((1 - smoothing) * right + smoothing * logs.mean(1)).mean()
+
+
+@pytest.mark.skipif(not kernels.available(), reason="built without the native kernels")
+def test_the_digits_recipe_loses_the_same_with_native_and_with_reference_kernels(tmp_path: Path) -> None:
+    losses = []
+    choices: tuple[kernels.Choice, ...] = ("native", "reference")
+    for choice in choices:
+        config = load_recipe("digits", ["--schedule.epochs=1", f"--output={tmp_path / choice}"])
+        with kernels.use(choice):
+            losses.append(next((row["train_loss"], row["val_loss"]) for row in metrics(train(config).run)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize(

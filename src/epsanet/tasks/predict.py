@@ -134,7 +134,7 @@ def _predict(
     note: Callable[[str], None],
 ) -> Iterator[Prediction]:
     network = inference_network(loaded.model.eval(), loaded.data_config["input_size"], device, note=note)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = network.to(device).to(memory_format=torch.channels_last)
     loader = DataLoader(
         _Files(paths, evaluation_transform(loaded.data_config)),
         batch_size=batch_size,
