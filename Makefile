@@ -32,8 +32,9 @@ demo: $(VENV)/.ready
 	$(BIN)/epsanet train $(RECIPE) --data $(DATA) --output runs/demo
 	$(BIN)/epsanet evaluate runs/demo/model --data $(DATA)
 
+# A process a core, with one thread each: most tests are too small to use two.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
