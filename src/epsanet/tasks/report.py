@@ -11,7 +11,7 @@ from rich.table import Table
 
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import worker_count
-from epsanet.data.samples import Stream
+from epsanet.data.streams import Stream
 from epsanet.tasks.console import console, counted
 from epsanet.tasks.run import Run
 
@@ -41,7 +41,7 @@ def announce(run: Run, *, resumed: bool) -> None:
     for title in ("train", "val", "test"):
         split = getattr(splits, title)
         if isinstance(split, Stream):
-            table.add_row(title, f"{len(split):,} images in shards, read as they come")
+            table.add_row(title, f"{len(split):,} images, read as they come")
     for note in splits.notes:
         table.add_row("note", note)
     if not has_tensorboard():
