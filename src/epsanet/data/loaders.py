@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import signal
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -181,6 +182,8 @@ class TrainLoader(DataLoader[Any]):
     """A loader that knows where it stands, for checkpoints (Lightning saves ``state_dict`` of such loaders)."""
 
     _epoch, _start, _given = 0, 0, 0
+    waited = 0.0
+    """Seconds that this epoch's batches were waited for."""
 
     def set_epoch(self, epoch: int) -> None:
         """Say, before its first batch, which epoch the next iteration is."""
@@ -201,10 +204,13 @@ class TrainLoader(DataLoader[Any]):
         order: Any = self.batch_sampler if isinstance(self.batch_sampler, EpochOrder) else self.dataset
         order.set_epoch(self._epoch)
         order.start = start
-        self._given = start
+        self._given, self.waited = start, 0.0
+        asked = time.perf_counter()
         for batch in super().__iter__():
+            self.waited += time.perf_counter() - asked
             self._given += 1
             yield batch
+            asked = time.perf_counter()
 
 
 def worker_count(config: DataConfig) -> int:
@@ -320,8 +326,8 @@ class StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
         self, image: Any, label: int, position: int, epoch: int, times: int
     ) -> Iterator[tuple[Tensor, int, int]]:
         assert self.seed is not None
-        for time in range(times):
-            with _seeded(self.seed, epoch, position, time):
+        for copy in range(times):
+            with _seeded(self.seed, epoch, position, copy):
                 augmented = self.transform(image)
             yield augmented, label, position
 

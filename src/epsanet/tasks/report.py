@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from epsanet.data.streams import Stream
 from epsanet.tasks.console import console, counted
 from epsanet.tasks.run import Run
 
-__all__ = ["announce", "has_tensorboard", "next_commands", "shown"]
+__all__ = ["announce", "data_advice", "has_tensorboard", "next_commands", "shown"]
+
+MUCH_WAITING = 0.2
+"""From this share of a step on, waiting for images is worth a line."""
 
 
 def announce(run: Run, *, resumed: bool) -> None:
@@ -50,6 +54,21 @@ def announce(run: Run, *, resumed: bool) -> None:
     console.print(table)
 
 
+def data_advice(share: float, data: DataConfig) -> str:
+    """What to do about steps that wait for images.
+
+    Args:
+        share: of the time of a step that is spent waiting, 0 to 1.
+        data: how images are loaded.
+    """
+    workers, cores = worker_count(data), os.cpu_count() or 1
+    if workers < cores:
+        advice = f"more loader processes may help: --data.workers {cores}"
+    else:
+        advice = f"{counted(cores, 'core')} cannot load faster; images stored at about the input size decode faster"
+    return f"{share:.0%} of the time of a step is spent waiting for images; {advice}"
+
+
 def has_tensorboard() -> bool:
     """Whether the optional library that writes TensorBoard events is installed."""
     return importlib.util.find_spec("tensorboard") is not None
@@ -69,6 +88,7 @@ def _data_flags(data: DataConfig) -> str:
         "val_split",
         "test_split",
         "val_fraction",
+        "streaming",
         "image_key",
         "label_key",
         "class_names",
