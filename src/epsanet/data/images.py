@@ -6,13 +6,14 @@ import contextlib
 import os
 import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageError", "image_files", "printable", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "ImageError", "image_files", "image_size", "printable", "read_image"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 MAX_PIXELS = 178_956_970
@@ -47,15 +48,37 @@ def read_image(source: Path | BinaryIO | Image.Image) -> Image.Image:
     Raises:
         ImageError: when it cannot be read, decoded, or has too many pixels.
     """
+    with _opened(source) as image:
+        image.load()
+    with contextlib.suppress(*_DECODE_ERRORS):  # damaged EXIF leaves the picture as it is
+        image = ImageOps.exif_transpose(image)
+    return _to_rgb(image)
+
+
+def image_size(source: Path | BinaryIO | Image.Image) -> tuple[int, int]:
+    """Width and height in pixels that an image's header tells; it is not decoded.
+
+    Args:
+        source: a path, an open binary file, or a Pillow image.
+
+    Raises:
+        ImageError: when it is no image, or has too many pixels.
+    """
+    with _opened(source) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(source: Path | BinaryIO | Image.Image) -> Iterator[Image.Image]:
+    """What goes wrong in the block is an ``ImageError`` too; the file is closed, also a damaged one."""
     if isinstance(source, Path):
         _require_file(source)
     try:
-        # A file is closed here, also one that is damaged or has more frames to read.
         opened = contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source)
         with opened as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{image.width}×{image.height} pixels are more than the limit of {MAX_PIXELS:,}")
-            image.load()
+            yield image
     except PermissionError as error:
         raise ImageError("not readable with the rights of this user") from error
     except ImageError:
@@ -64,9 +87,6 @@ def read_image(source: Path | BinaryIO | Image.Image) -> Image.Image:
         raise ImageError("not an image that can be identified") from error
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise ImageError(f"damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-    with contextlib.suppress(*_DECODE_ERRORS):  # damaged EXIF leaves the picture as it is
-        image = ImageOps.exif_transpose(image)
-    return _to_rgb(image)
 
 
 def image_files(folder: str | Path) -> list[str]:
