@@ -47,7 +47,13 @@ def class_folders(root: Path, counts: Mapping[str, int], *, start: int = 0, size
 
 
 def parquet(
-    path: Path, labels: list[object], *, names: list[str] | None = None, start: int = 0, size: int = 12
+    path: Path,
+    labels: list[object],
+    *,
+    names: list[str] | None = None,
+    start: int = 0,
+    size: int = 12,
+    row_group_size: int | None = None,
 ) -> Path:
     """A Parquet file in the layout of Hugging Face ``datasets``: image {bytes, path}, label."""
     import pyarrow
@@ -72,7 +78,8 @@ def parquet(
     features = {"info": {"features": {"image": {"_type": "Image"}, "label": feature}}}
     table = pyarrow.table({"image": images, "label": labels}, schema=schema)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+    described = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    writer.write_table(described, path, row_group_size=row_group_size)
     return path
 
 

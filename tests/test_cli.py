@@ -331,6 +331,25 @@ def test_predict_refuses_an_unknown_format_and_leaves_nothing(
 # The other commands
 
 
+def test_a_packed_folder_is_evaluated_like_the_folder(run: Run, trained: Path, pictures: Path, tmp_path: Path) -> None:
+    code, output, errors = run("shard", pictures, tmp_path / "packed", "--shard-size=5")
+    assert (code, errors) == (0, "")
+    assert output.splitlines() == [
+        "train: 24 images in 5 shards",
+        "val: 8 images in 2 shards",
+        "",
+        f"train  epsanet train folder --data wds/{tmp_path / 'packed'}",
+    ]
+    results = [
+        json.loads(run("evaluate", trained, "--data", source, "--data.workers=0", "--json")[1])
+        for source in (f"wds/{tmp_path / 'packed'}", pictures)
+    ]
+    for result in results:
+        result["loss"] = round(result["loss"], 5)  # the order of the images is another
+    assert results[0] == results[1]
+    fails(run("shard", pictures, tmp_path / "packed"), "is there already")
+
+
 def test_models_as_json_has_the_papers_figures_and_the_table_names_every_network(run: Run) -> None:
     import timm
 

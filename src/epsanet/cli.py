@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -17,6 +17,7 @@ _HELP = {
     "train": "train a classifier: epsanet train [RECIPE or YAML file] [flags]; digits without a recipe",
     "evaluate": "accuracy of a model on a data set",
     "predict": "class names and probabilities of images",
+    "shard": "pack an image folder into WebDataset shards",
     "models": "the networks, their cost, and the published figures beside",
     "convert": "released checkpoint to model folder, or back",
 }
@@ -143,6 +144,19 @@ def _predict_parser() -> ArgumentParser:
     return parser
 
 
+def _shard_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("source", type=str, help="Image folder, as for training, or whatever else --data takes.")
+    parser.add_argument("destination", type=str, help="Folder to make; train on it with --data wds/FOLDER.")
+    parser.add_argument("--shard_size", type=int, default=1000, help="Images a shard, at most.")
+    parser.add_argument(
+        "--on_bad_image", type=Literal["skip", "raise"], default="skip", help="Leave damaged images out, or stop."
+    )
+    return parser
+
+
 def _models_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
@@ -258,6 +272,19 @@ def _predict(values: dict[str, Any]) -> int:
     return _EXIT_USER if failed == len(paths) else 0
 
 
+def _shard(values: dict[str, Any]) -> int:
+    from epsanet.data.shard import write_shards
+    from epsanet.tasks.console import console, counted, messages, track
+
+    report = write_shards(**values, progress=lambda names, total: track(names, total, "packing"))
+    for name, reason in report.bad.items():
+        messages.print(f"skipped {name}: {reason}", style="yellow")
+    for split, files in report.shards.items():
+        console.print(f"{split}: {counted(sum(files.values()), 'image')} in {counted(len(files), 'shard')}")
+    console.print(f"\ntrain  epsanet train folder --data wds/{values['destination']}")
+    return 0
+
+
 def _models(values: dict[str, Any]) -> int:
     from rich import box
     from rich.table import Table
@@ -306,6 +333,7 @@ _PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "train": _train_parser,
     "evaluate": _evaluate_parser,
     "predict": _predict_parser,
+    "shard": _shard_parser,
     "models": _models_parser,
     "convert": _convert_parser,
 }
@@ -313,6 +341,7 @@ _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "shard": _shard,
     "models": _models,
     "convert": _convert,
 }

@@ -197,6 +197,7 @@ def test_a_permission_error_is_told_apart_from_damage(monkeypatch: pytest.Monkey
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("PIL.Image.open", refuse)
+    (tmp_path / "secret.png").write_bytes(WHOLE["PNG"])
     with pytest.raises(ImageError, match=r"^not readable with the rights of this user$"):
         read_image(tmp_path / "secret.png")
 

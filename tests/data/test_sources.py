@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import gzip
 import io
 import json
 import pickle
 import struct
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,9 @@ from sklearn.datasets import load_digits
 
 from epsanet.data.config import DataConfig
 from epsanet.data.images import read_image
-from epsanet.data.loaders import evaluation_loader, train_loader
-from epsanet.data.samples import Samples, Stream, match_classes
+from epsanet.data.samples import Samples, match_classes
 from epsanet.data.sources import open_data, open_split
+from epsanet.data.streams import Stream
 
 PREPROCESSING = {
     "input_size": (3, 12, 12),
@@ -439,22 +441,8 @@ def test_a_torchvision_data_set_that_is_not_there_says_how_to_get_it(
 # WebDataset
 
 
-SHARDS = pytest.mark.filterwarnings(
-    # webdataset leaves a finished shard to the garbage collector.
-    "ignore:unclosed file:ResourceWarning",
-    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning",
-)
-
-
 @pytest.fixture
-def collected() -> Iterator[None]:
-    """What webdataset leaves open is closed within the test that opened it."""
-    yield
-    gc.collect()
-
-
-@pytest.fixture
-def sharded(collected: None, tmp_path: Path) -> Path:  # noqa: ARG001
+def sharded(tmp_path: Path) -> Path:
     """11 training and 7 validation images of 3 classes in two shards each."""
     folder = tmp_path / "shards"
     splits = {
@@ -465,112 +453,146 @@ def sharded(collected: None, tmp_path: Path) -> Path:  # noqa: ARG001
     return folder
 
 
-@SHARDS
-@pytest.mark.parametrize("workers", [0, 2])
-def test_shards_give_each_image_once_in_evaluation(sharded: Path, workers: int) -> None:
-    config = DataConfig(source=f"wds/{sharded}", workers=workers, batch_size=2)
-    splits = open_data(config)
+def images_of(start: int, count: int, class_names: str) -> Counter[tuple[bytes, str]]:
+    """What ``shards`` puts into its tar files."""
+    classes = len(class_names)
+    return Counter((pixels(n % classes, n).tobytes(), class_names[n % classes]) for n in range(start, start + count))
+
+
+def test_shards_hold_every_image_with_its_class(sharded: Path) -> None:
+    splits = open_data(DataConfig(source=f"wds/{sharded}"))
     assert splits.class_names == ["a", "b", "c"]
-    assert isinstance(splits.val, Stream)
-    assert len(splits.val) == 7
-    found: Counter[tuple[bytes, int]] = Counter()
-    for images, labels, _ in evaluation_loader(splits.val, config, PREPROCESSING):
-        for picture, label in zip(images, labels.tolist(), strict=True):
-            found[((picture * 255).round().numpy().astype(np.uint8).transpose(1, 2, 0).tobytes(), label)] += 1
-    assert found == Counter((pixels(n % 3, n).tobytes(), n % 3) for n in range(100, 107))
+    assert contents(splits.train) == images_of(0, 11, "abc")
+    assert contents(splits.val) == images_of(100, 7, "abc")
+    assert splits.notes == ()
+    assert isinstance(splits.train, Samples)
+    assert splits.train.name(7) == f"{sharded}/train-0001.tar/000007.png"
 
 
-@SHARDS
-@pytest.mark.usefixtures("collected")
-def test_training_sees_the_shards_in_an_order_drawn_anew_each_epoch(sharded: Path) -> None:
-    config = DataConfig(source=f"wds/{sharded}", workers=0, batch_size=3, scale=(1, 1), ratio=(1, 1), hflip=0)
-    loader = train_loader(open_data(config).train, config, PREPROCESSING, seed=1)
-    orders = []
-    for epoch in range(3):
-        loader.set_epoch(epoch)
-        orders.append([picture.numpy().tobytes() for images, _, _ in loader for picture in images])
-    known = {
-        (pixels(n % 3, n).transpose(2, 0, 1).astype(np.float32) / 255).astype(np.float32).tobytes() for n in range(11)
-    }
-    assert len(known) == 11
-    for order in orders:
-        assert len(order) == len(loader) * 3
-        assert len(order) in (9, 12)
-        assert len(set(order)) >= 9
-        assert set(order) <= known
-    assert orders[0] != orders[1] != orders[2]
-    again = train_loader(open_data(config).train, config, PREPROCESSING, seed=1)
-    assert [picture.numpy().tobytes() for images, _, _ in again for picture in images] == orders[0]
+@pytest.mark.filterwarnings(  # webdataset leaves a finished shard to the garbage collector
+    "ignore:unclosed file:ResourceWarning", "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)
+def test_webdataset_itself_reads_the_same_from_the_shards(sharded: Path) -> None:
+    import webdataset
+
+    samples = open_data(DataConfig(source=f"wds/{sharded}")).train
+    assert isinstance(samples, Samples)
+    with contextlib.closing(
+        webdataset.WebDataset([str(sharded / f"train-{n:04}.tar") for n in range(2)], shardshuffle=False)
+    ) as dataset:
+        found = [(sample["png"], int(sample["cls"])) for sample in dataset]
+    gc.collect()
+    ours = [samples.open(place) for place in range(len(samples))]
+    assert [(file.read(), int(label)) for file, label in zip(ours, samples.labels, strict=True)] == found  # type: ignore[union-attr]
 
 
-@SHARDS
-@pytest.mark.usefixtures("collected")
-def test_shards_named_by_pattern_and_number_need_no_info_file(tmp_path: Path) -> None:
+def test_shards_without_a_description_are_known_by_their_file_names(sharded: Path, tmp_path: Path) -> None:
+    (sharded / "info.json").unlink()
+    (tmp_path / "names.txt").write_text("a\nb\nc\n", encoding="utf-8")
+    splits = open_data(DataConfig(source=f"wds/{sharded}", class_names=str(tmp_path / "names.txt")))
+    assert contents(splits.train) == images_of(0, 11, "abc")
+    assert contents(splits.val) == images_of(100, 7, "abc")
+
+
+def test_shards_named_by_pattern_need_no_description(tmp_path: Path) -> None:
     shards(tmp_path, "tr", [4, 4], classes=2)
     shards(tmp_path, "va", [3], classes=2, start=50)
-    (tmp_path / "names.txt").write_text("even\nodd\n", encoding="utf-8")
+    (tmp_path / "names.txt").write_text("0\n1\n", encoding="utf-8")
     config = DataConfig(
         source=f"wds/{tmp_path}",
-        train_split="tr-{0000..0001}.tar|8",
-        val_split="va-0000.tar|3",
+        train_split="tr-{0000..0001}.tar|9",
+        val_split="va-0000.tar",
         class_names=str(tmp_path / "names.txt"),
-        workers=0,
     )
     splits = open_data(config)
-    assert (len(splits.train), len(splits.val)) == (8, 3)
-    assert splits.class_names == ["even", "odd"]
-    labels = [label for _, batch, _ in evaluation_loader(splits.val, config, PREPROCESSING) for label in batch.tolist()]
-    assert labels == [0, 1, 0]
+    assert contents(splits.train) == images_of(0, 8, "01")
+    assert contents(splits.val) == images_of(50, 3, "01")
+    assert splits.notes == ("the tr-{0000..0001}.tar|9 split has 8 samples, not 9 as was said of it",)
 
 
-@SHARDS
-@pytest.mark.usefixtures("collected")
-def test_shards_are_read_upright_and_over_white_like_every_other_image(tmp_path: Path) -> None:
-    picture = Image.fromarray(np.dstack([pixels(1, 1), np.full((12, 12), 128, dtype=np.uint8)]))
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    file = io.BytesIO()
-    picture.save(file, "PNG", exif=exif)
-    with tarfile.open(tmp_path / "v-0.tar", "w") as tar:
-        for name, data in (("0.png", file.getvalue()), ("0.cls", b"0")):
+def tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    (tmp_path / "names.txt").write_text("a", encoding="utf-8")
-    names_file = str(tmp_path / "names.txt")
-    config = DataConfig(source=f"wds/{tmp_path}", val_split="v-0.tar|1", class_names=names_file, workers=0)
-    split, _, _ = open_split(config, None, ["a"])
-    ((images, _, _),) = evaluation_loader(split, config, PREPROCESSING)
-    wanted = np.asarray(read_image(io.BytesIO(file.getvalue()))).transpose(2, 0, 1) / 255
-    assert np.abs(images[0].numpy() - wanted).max() < 1e-6
+            file.addfile(entry, io.BytesIO(data))
+    return path
 
 
-@SHARDS
-@pytest.mark.usefixtures("collected")
-def test_shards_without_names_or_splits_say_what_to_write(sharded: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no info\.json with splits; write one, or give patterns of shards"):
+def test_labels_of_shards_may_be_names_or_stand_in_json(tmp_path: Path) -> None:
+    picture = png(pixels(0, 0))
+    names = {"x/1.png": picture, "x/1.cls": b"dog\n", "x/2.CLS": b"cat", "x/2.seg.png": b"", "x/2.PNG": picture}
+    tar(tmp_path / "train-0.tar", names)
+    info = {"x.png": picture, "x.json": json.dumps({"breed": "dog", "label": 7}).encode()}
+    tar(
+        tmp_path / "val-0.tar",
+        {**info, "long/" * 40 + "name.jpeg": picture, "long/" * 40 + "name.json": info["x.json"]},
+    )
+    splits = open_data(DataConfig(source=f"wds/{tmp_path}", label_key="breed"))
+    assert splits.class_names == ["cat", "dog"]
+    assert contents(splits.train) == {(pixels(0, 0).tobytes(), "dog"): 1, (pixels(0, 0).tobytes(), "cat"): 1}
+    assert contents(splits.val) == {(pixels(0, 0).tobytes(), "dog"): 2}
+    assert splits.notes == ("the validation split lacks 1 of 2 classes (cat); matched by name",)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"1.png": b"", "1.txt": b"1"}, r"its sample 1 has no label \(\.cls, or 'label' in \.json\)"),
+        ({"1.txt": b"", "1.cls": b"1"}, "its sample 1 has no image"),
+        ({"1.png": b"", "1.cls": b"\xff"}, "codec can't decode"),
+        ({"1.png": b"", "1.json": b"{"}, "Expecting property name"),
+        ({"1.png": b"", "1.cls": b"3"}, "has labels from 3 to 3 for 2 classes"),
+        ({"1.png": b"", "1.cls": b"-1"}, "has labels from -1 to -1 for 2 classes"),
+        ({"1.png": b"", "1.cls": b"owl"}, "has the class 'owl', which is none of its 2 class names"),
+    ],
+)
+def test_a_shard_that_lacks_something_says_which_sample(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
+    tar(tmp_path / "train-0.tar", files)
+    (tmp_path / "info.json").write_text(json.dumps({"class_names": ["cat", "dog"]}))
+    with pytest.raises(ValueError, match=message) as raised:
         open_data(DataConfig(source=f"wds/{tmp_path}"))
+    assert "\n" not in str(raised.value)
+    assert "train" in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "compressed", "words", "missing"])
+def test_a_shard_that_is_no_whole_tar_file_is_named(damage: str, sharded: Path) -> None:
+    path = sharded / "train-0001.tar"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        changed = {"cut": content[:3000], "compressed": gzip.compress(content), "words": b"no tar file\n" * 99}
+        path.write_bytes(changed[damage])
+    with pytest.raises(ValueError, match=r"train-0001\.tar cannot be read as a shard: ") as raised:
+        open_data(DataConfig(source=f"wds/{sharded}"))
+    assert "\n" not in str(raised.value)
+
+
+def test_shards_without_names_or_splits_say_what_to_write(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"has no shards like train-0000\.tar; make them with epsanet shard"):
+        open_data(DataConfig(source=f"wds/{tmp_path / 'empty'}"))
     info = json.loads((sharded / "info.json").read_text())
     del info["class_names"]
     (sharded / "info.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match=r"names no classes; list them.*--data\.class_names FILE"):
         open_data(DataConfig(source=f"wds/{sharded}"))
-    with pytest.raises(ValueError, match=r"'va\.tar' does not say how many samples it has; for example va\.tar\|4000"):
-        open_data(DataConfig(source=f"wds/{sharded}", val_split="va.tar"))
-    (sharded / "info.json").write_text("{")
-    with pytest.raises(ValueError, match=r"info\.json"):
-        open_data(DataConfig(source=f"wds/{sharded}"))
+    for damaged in ("{", "[]", '{"splits": {"train": {}}}', '{"splits": 3}'):
+        (sharded / "info.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"info\.json is no description of shards"):
+            open_data(DataConfig(source=f"wds/{sharded}"))
 
 
-@SHARDS
-@pytest.mark.usefixtures("collected")
-def test_shards_of_other_classes_than_the_network_are_refused(sharded: Path) -> None:
-    with pytest.raises(ValueError, match="names other classes than expected; shards cannot be renumbered"):
-        open_split(DataConfig(source=f"wds/{sharded}"), None, ["c", "b", "a"])
+def test_only_parquet_is_streamed(sharded: Path, tmp_path: Path) -> None:
+    class_folders(tmp_path / "folder", {"a": 2})
+    for source in ("digits", f"wds/{sharded}", str(tmp_path / "folder")):
+        with pytest.raises(ValueError, match=r"cannot be streamed, only Parquet and hfds/ can; leave out --data\.str"):
+            open_data(DataConfig(source=source, streaming=True))
 
 
 @pytest.mark.parametrize(
-    ("source", "module"), [("hfds/someone/something", "datasets"), ("p.parquet", "datasets"), ("wds/x", "webdataset")]
+    ("source", "module"), [("hfds/someone/something", "datasets"), ("p.parquet", "datasets"), ("wds/.", "webdataset")]
 )
 def test_a_missing_library_names_the_line_to_install_it(
     source: str, module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -582,4 +604,4 @@ def test_a_missing_library_names_the_line_to_install_it(
     monkeypatch.chdir(tmp_path)
     Path("p.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=rf"this needs {module}, .*pip install 'epsanet\[data\]'"):
-        open_data(DataConfig(source=source))
+        open_data(DataConfig(source=source, val_split="{0..9}.tar" if source == "wds/." else None))

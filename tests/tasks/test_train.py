@@ -8,8 +8,10 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -23,19 +25,23 @@ from safetensors.torch import load_file
 from tasks_reading import same_state
 
 from epsanet import kernels
+from epsanet.data import loaders
 from epsanet.data.check import check_images
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import train_loader
 from epsanet.data.samples import FolderSamples
 from epsanet.data.sources import open_data
 from epsanet.network.weights import create_model, load_model
+from epsanet.tasks import callbacks
 from epsanet.tasks.classification import Classifier, DivergedError
 from epsanet.tasks.config import TrainConfig, load_recipe
+from epsanet.tasks.report import data_advice
 from epsanet.tasks.scores import Score
 from epsanet.tasks.train import train
 
 Small = Callable[..., TrainConfig]
-COLUMNS = ["epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "seconds"]
+COLUMNS = ["epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "data_wait", "seconds"]
+NO_TIMES = {"data_wait": 0, "seconds": 0}
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -203,7 +209,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(trained: Any,
     again = train(small(tmp_path / "again"))
     same_state(checkpoint(again.run)["state_dict"], checkpoint(trained.result.run)["state_dict"])
     for mine, theirs in zip(metrics(again.run), metrics(trained.result.run), strict=True):
-        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+        assert {**mine, **NO_TIMES} == {**theirs, **NO_TIMES}
     other = train(small(tmp_path / "other", seed=43, schedule__epochs=1))
     first = metrics(trained.result.run)[0]
     assert metrics(other.run)[0]["train_loss"] != first["train_loss"]
@@ -336,22 +342,55 @@ def test_without_a_test_split_validation_is_reported_and_the_card_says_so(
     assert "it also chose the epoch" in (result.model / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.filterwarnings(
-    "ignore:unclosed file:ResourceWarning", "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
-)
-def test_shards_can_be_trained_on(small: Small, tmp_path: Path) -> None:
-    from making import shards
+def test_a_stream_can_be_trained_on(small: Small, tmp_path: Path) -> None:
+    from making import parquet
 
-    folder = tmp_path / "shards"
-    splits = {
-        "train": shards(folder, "train", [8, 8], classes=2),
-        "val": shards(folder, "val", [3, 2], classes=2, start=50),
-    }
-    (folder / "info.json").write_text(json.dumps({"splits": splits, "class_names": ["even", "odd"]}))
-    result = train(small(tmp_path / "run", data__source=f"wds/{folder}", data__batch_size=4, schedule__epochs=2))
+    for split, count in {"train": 18, "validation": 5}.items():
+        labels: list[object] = [n % 2 for n in range(count)]
+        parquet(tmp_path / "data" / f"{split}.parquet", labels, names=["even", "odd"], row_group_size=4)
+    options = {"source": str(tmp_path / "data"), "root": str(tmp_path / "cache"), "streaming": True, "batch_size": 4}
+    changes = {f"data__{name}": value for name, value in options.items()}
+    result = train(small(tmp_path / "run", **changes, schedule__epochs=2))
     assert [row["step"] for row in metrics(result.run)] == [4, 8]
     assert result.evaluation.images == 5
     assert result.evaluation.confusion.sum(axis=1).tolist() == [3, 2]
+
+
+class Clock:
+    """Time passes only when an image is read, 3 s, and in a step, 4 s."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        read, step = loaders.ImageDataset.__getitem__, Classifier.training_step
+
+        def slow_read(dataset: Any, key: Any) -> Any:
+            self.now += 3
+            return read(dataset, key)
+
+        def slow_step(*arguments: Any) -> Any:
+            self.now += 4
+            return step(*arguments)
+
+        patch.setattr(loaders.ImageDataset, "__getitem__", slow_read)
+        patch.setattr(Classifier, "training_step", slow_step)
+        for module in (loaders, callbacks):
+            times = SimpleNamespace(perf_counter=lambda: self.now, monotonic=time.monotonic)
+            patch.setattr(module, "time", times)
+
+
+def test_a_run_says_what_share_of_a_step_waits_for_images_and_what_to_do(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Clock(monkeypatch)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    result = train(small(tmp_path / "run", data__batch_size=4, schedule__epochs=2))
+    # Four images of 3 s, then a step of 4 s.
+    assert [row["data_wait"] for row in metrics(result.run)] == [0.75, 0.75]
+    printed = capsys.readouterr().out
+    advice = "75% of the time of a step is spent waiting for images; more loader processes may help: --data.workers 6"
+    assert printed.count(advice) == 1
+    assert re.search(r"training took \d+ s, 75% of its steps' time waiting for images; the model is in", printed)
+    assert "6 cores cannot load faster" in data_advice(0.5, DataConfig(workers=6))
 
 
 def test_raise_stops_at_a_damaged_image_before_anything_is_written(small: Small, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ class DataConfig:
 
     source: str = "digits"
     """Data set: digits; a folder with train/ and val/ (and test/), or of class folders; a Parquet file or folder;
-    torch/NAME, hfds/NAME or wds/FOLDER as timm reads them."""
+    torch/NAME of torchvision, hfds/NAME of the Hugging Face Hub, or wds/FOLDER of WebDataset shards."""
     root: str | None = None
     """Folder in which torch/ and hfds/ data sets lie or are put."""
     download: bool = False
@@ -25,10 +25,12 @@ class DataConfig:
     """Name of the test split; found by the usual names when left out."""
     val_fraction: float = 0.1
     """Share of the training images that becomes the validation split of a data set that has none."""
+    streaming: bool = False
+    """Read Parquet and hfds/ data sets front to back as they come, without keeping a copy on disk."""
     image_key: str = "image"
     """Column of the images in Parquet and hfds/ data sets."""
     label_key: str = "label"
-    """Column of the labels in Parquet and hfds/ data sets."""
+    """Column of the labels in Parquet and hfds/ data sets, and of labels in the .json of shards."""
     class_names: str | None = None
     """Text file with a class name a line, for data sets that name none (wds/, torch/)."""
     on_bad_image: Literal["skip", "raise"] = "skip"

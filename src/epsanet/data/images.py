@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 import struct
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageError", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "ImageError", "image_files", "image_size", "printable", "read_image"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 MAX_PIXELS = 178_956_970
@@ -45,28 +48,95 @@ def read_image(source: Path | BinaryIO | Image.Image) -> Image.Image:
     Raises:
         ImageError: when it cannot be read, decoded, or has too many pixels.
     """
+    with _opened(source) as image:
+        image.load()
+    with contextlib.suppress(*_DECODE_ERRORS):  # damaged EXIF leaves the picture as it is
+        image = ImageOps.exif_transpose(image)
+    return _to_rgb(image)
+
+
+def image_size(source: Path | BinaryIO | Image.Image) -> tuple[int, int]:
+    """Width and height in pixels that an image's header tells; it is not decoded.
+
+    Args:
+        source: a path, an open binary file, or a Pillow image.
+
+    Raises:
+        ImageError: when it is no image, or has too many pixels.
+    """
+    with _opened(source) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(source: Path | BinaryIO | Image.Image) -> Iterator[Image.Image]:
+    """What goes wrong in the block is an ``ImageError`` too; the file is closed, also a damaged one."""
+    if isinstance(source, Path):
+        _require_file(source)
     try:
-        # A file is closed here, also one that is damaged or has more frames to read.
         opened = contextlib.nullcontext(source) if isinstance(source, Image.Image) else Image.open(source)
         with opened as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{image.width}×{image.height} pixels are more than the limit of {MAX_PIXELS:,}")
-            image.load()
-    except FileNotFoundError as error:
-        raise ImageError("no such file") from error
+            yield image
     except PermissionError as error:
         raise ImageError("not readable with the rights of this user") from error
-    except IsADirectoryError as error:
-        raise ImageError("a folder, not a file") from error
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError("not an image that can be identified") from error
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise ImageError(f"damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-    with contextlib.suppress(*_DECODE_ERRORS):  # damaged EXIF leaves the picture as it is
-        image = ImageOps.exif_transpose(image)
-    return _to_rgb(image)
+
+
+def image_files(folder: str | Path) -> list[str]:
+    """Paths with the suffix of an image, in a folder and those below it; links are followed, but not in a circle.
+
+    What is not a file has its place here too, so that it is named when it cannot be read.
+    """
+    found: list[tuple[str, str]] = []
+
+    def walk(place: str, above: tuple[str, ...]) -> None:
+        real = os.path.realpath(place)
+        if real in above:
+            return
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    walk(entry.path, (*above, real))
+                elif PurePath(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+                    found.append((place, entry.path))
+
+    walk(str(folder), (os.path.realpath(Path(folder).parent),))
+    return [path for _, path in sorted(found)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def printable(name: str) -> str:
+    """A file name that can be printed and written: bytes that are no UTF-8 appear as ``\\xff``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _require_file(path: Path) -> None:
+    """A pipe would be waited for without end."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise ImageError("a link that leads nowhere" if path.is_symlink() else "no such file") from error
+    except PermissionError as error:
+        raise ImageError("not readable with the rights of this user") from error
+    except OSError as error:
+        raise ImageError(f"cannot be opened: {error.strerror}") from error
+    if stat.S_ISDIR(mode):
+        raise ImageError("a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise ImageError("a pipe, socket or device, not a file")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,11 +6,11 @@ neither depends on the number of workers, nor on where a run was interrupted.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import random
 import signal
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +20,17 @@ import numpy as np
 import torch
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision import transforms
 
 from epsanet.data.config import DataConfig
 from epsanet.data.images import ImageError, read_image
-from epsanet.data.samples import Samples, Stream
+from epsanet.data.samples import Samples
+from epsanet.data.streams import Part, Stream, cut, process_place
 
 __all__ = [
     "ImageDataset",
+    "StreamDataset",
     "TrainLoader",
     "evaluation_loader",
     "evaluation_transform",
@@ -180,6 +182,8 @@ class TrainLoader(DataLoader[Any]):
     """A loader that knows where it stands, for checkpoints (Lightning saves ``state_dict`` of such loaders)."""
 
     _epoch, _start, _given = 0, 0, 0
+    waited = 0.0
+    """Seconds that this epoch's batches were waited for."""
 
     def set_epoch(self, epoch: int) -> None:
         """Say, before its first batch, which epoch the next iteration is."""
@@ -199,15 +203,14 @@ class TrainLoader(DataLoader[Any]):
         start, self._start = self._start, 0
         order: Any = self.batch_sampler if isinstance(self.batch_sampler, EpochOrder) else self.dataset
         order.set_epoch(self._epoch)
-        if isinstance(order, EpochOrder):
-            order.start = start
-            batches: Iterator[Any] = super().__iter__()
-        else:  # a stream has no positions: read past what was seen
-            batches = itertools.islice(super().__iter__(), start, None)
-        self._given = start
-        for batch in batches:
+        order.start = start
+        self._given, self.waited = start, 0.0
+        asked = time.perf_counter()
+        for batch in super().__iter__():
+            self.waited += time.perf_counter() - asked
             self._given += 1
             yield batch
+            asked = time.perf_counter()
 
 
 def worker_count(config: DataConfig) -> int:
@@ -223,26 +226,110 @@ def _leave_signals_to_the_main_process(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
-    """timm's iterable data set with positions, so that its batches look like the others."""
+class StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
+    """A stream through a transform: image of shape ``3, H, W``, label, position in the stream.
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    Each process and worker reads a range of its own. In training the ranges are whole batches, as many for each
+    process; so fewer samples than one batch of all processes are left out, others each epoch.
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
-        for position, (image, label) in enumerate(self.dataset):
-            yield image, label, position
+    Args:
+        samples: the stream.
+        transform: Pillow image to tensor.
+        batch_size: of the loader that reads this.
+        seed: of order and augmentation in training; evaluation when left out.
+        on_bad_image: name and skip what cannot be read, or raise. In training, the next readable image is taken
+            once more instead, because every process must make as many steps.
+    """
+
+    def __init__(
+        self,
+        samples: Stream,
+        transform: Any,
+        batch_size: int,
+        seed: int | None = None,
+        on_bad_image: Literal["skip", "raise"] = "raise",
+    ) -> None:
+        self.samples, self.transform, self.seed, self.on_bad_image = samples, transform, seed, on_bad_image
+        self.process, self.processes = process_place()
+        self.batch_size = min(batch_size, len(samples)) if self.processes == 1 else batch_size
+        self._named: set[int] = set()
+        # Shared, because workers that live on from epoch to epoch have a copy of this data set.
+        self._place = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    @property
+    def start(self) -> int:
+        """Batches of the epoch that were given out before."""
+        return int(self._place[1])
+
+    @start.setter
+    def start(self, batches: int) -> None:
+        self._place[1] = batches
 
     def set_epoch(self, epoch: int) -> None:
-        self.dataset.set_epoch(epoch)
+        """Draw the next order for this epoch."""
+        self._place[0] = epoch
 
+    @property
+    def _batches(self) -> int:
+        """Of all processes."""
+        if self.seed is None:
+            return -(-len(self.samples) // self.batch_size)
+        return len(self.samples) // (self.batch_size * self.processes) * self.processes
 
-class _TrainStreamDataset(_StreamDataset):
-    """An epoch of known length: timm fills the last batch of each loader process from the front. An evaluation has
-    none, because how many batches there are depends on how shards fall to processes."""
+    def _part(self, worker: int, workers: int, start: int) -> Part:
+        place = {"process": self.process, "processes": self.processes, "worker": worker, "workers": workers}
+        return cut(self._batches, self.batch_size, len(self.samples), start=start, **place)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        whole = self._part(0, 1, 0)
+        return whole.last - whole.first
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        worker = get_worker_info()
+        epoch, start = self._place.tolist()
+        part = self._part(worker.id if worker else 0, worker.num_workers if worker else 1, start)
+        if self.seed is None:
+            yield from (
+                (self.transform(image), label, position) for image, label, position in self._read(part) if image
+            )
+            return
+        last, owed = None, 0
+        for image, label, position in self._read(part, (self.seed, epoch)):
+            owed += 1
+            if image is not None:
+                last = image, label, position
+                yield from self._augmented(*last, epoch, owed)
+                owed = 0
+            elif owed == _SUBSTITUTES:
+                raise ValueError(f"{owed} images in a row cannot be read, the last {self.samples.name(position)}")
+        if last is not None:
+            yield from self._augmented(*last, epoch, owed)
+        elif owed:
+            raise ValueError(f"none of {owed} images can be read, the last {self.samples.name(position)}")
+
+    def _read(self, part: Part, shuffle: tuple[int, int] | None = None) -> Iterator[tuple[Any, int, int]]:
+        """Image, label and position of a part; no image where it cannot be read."""
+        for source, label, position in self.samples.read(part, shuffle):
+            image = None
+            try:
+                image = read_image(source)
+            except (ImageError, OSError) as error:
+                message = f"{self.samples.name(position)}: {error}"
+                if self.on_bad_image == "raise":
+                    raise ValueError(f"{message}; mend or remove it, or use --data.on_bad_image=skip") from error
+                if position not in self._named:
+                    self._named.add(position)
+                    _logger.warning("skipped %s", message)
+            yield image, label, position
+
+    def _augmented(
+        self, image: Any, label: int, position: int, epoch: int, times: int
+    ) -> Iterator[tuple[Tensor, int, int]]:
+        assert self.seed is not None
+        for copy in range(times):
+            with _seeded(self.seed, epoch, position, copy):
+                augmented = self.transform(image)
+            yield augmented, label, position
 
 
 def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dict[str, Any], seed: int) -> TrainLoader:
@@ -263,9 +350,8 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
         "generator": torch.Generator().manual_seed(seed),  # else each epoch would draw from torch's own
     }
     if isinstance(samples, Stream):
-        dataset = samples.dataset(is_training=True, batch_size=config.batch_size, seed=seed, transform=transform)
-        dataset.set_loader_cfg(num_workers=workers)
-        return TrainLoader(_TrainStreamDataset(dataset), batch_size=config.batch_size, drop_last=True, **common)
+        stream = StreamDataset(samples, transform, config.batch_size, seed, config.on_bad_image)
+        return TrainLoader(stream, batch_size=stream.batch_size, drop_last=True, **common)
     order = EpochOrder(len(samples), config.batch_size, seed)
     return TrainLoader(ImageDataset(samples, transform, seed, config.on_bad_image), batch_sampler=order, **common)
 
@@ -282,9 +368,7 @@ def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config
     workers = worker_count(config)
     dataset: Any
     if isinstance(samples, Stream):
-        stream = samples.dataset(is_training=False, batch_size=config.batch_size, seed=0, transform=transform)
-        stream.set_loader_cfg(num_workers=workers)
-        dataset = _StreamDataset(stream)
+        dataset = StreamDataset(samples, transform, config.batch_size, on_bad_image=config.on_bad_image)
     else:
         dataset = ImageDataset(samples, transform)
     return DataLoader(

@@ -5,25 +5,27 @@ Reading is those libraries'; here is what makes them look alike.
 
 from __future__ import annotations
 
+import io
+import itertools
+import json
+import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import ImageFolder
 
 from epsanet.data.config import DataConfig
-from epsanet.data.images import IMAGE_SUFFIXES, read_image
+from epsanet.data.images import IMAGE_SUFFIXES, image_files, printable
 
 __all__ = [
     "DigitsSamples",
     "FolderSamples",
     "HuggingFaceSamples",
     "Samples",
-    "Stream",
+    "ShardSamples",
     "Subset",
     "TorchvisionSamples",
     "match_classes",
@@ -90,20 +92,24 @@ class DigitsSamples(Samples):
 
 
 class FolderSamples(Samples):
-    """torchvision's ImageFolder: a folder a class."""
+    """A folder a class, in the order of torchvision's ImageFolder; but a link to a folder above it is not entered.
+
+    Raises:
+        ValueError: when there are no class folders, no images in them, or a class has a name that cannot be written.
+    """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            dataset = ImageFolder(
-                str(folder), allow_empty=True, is_valid_file=lambda name: Path(name).suffix.lower() in IMAGE_SUFFIXES
-            )
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} has no class folders; put the images of each class in a folder") from error
-        if not dataset.samples:
+        self.class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        if not self.class_names:
+            raise ValueError(f"{folder} has no class folders; put the images of each class in a folder")
+        strange = next((name for name in self.class_names if printable(name) != name), None)
+        if strange is not None:
+            raise ValueError(f"{folder} has a class folder whose name is not UTF-8, {printable(strange)}; rename it")
+        files = [image_files(folder / name) for name in self.class_names]
+        self._paths = list(itertools.chain.from_iterable(files))
+        self.labels = np.repeat(np.arange(len(files), dtype=np.int64), list(map(len, files)))
+        if not self._paths:
             raise ValueError(f"{folder} has class folders but no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        self._paths = [path for path, _ in dataset.samples]
-        self.labels = np.array([label for _, label in dataset.samples], dtype=np.int64)
-        self.class_names = dataset.classes
 
     def open(self, position: int) -> Path:
         return Path(self._paths[position])
@@ -163,15 +169,9 @@ class HuggingFaceSamples(Samples):
                 values, named = [order[value] for value in values], class_names
         self.class_names = [str(value) for value in (class_names or named or ())]
         self.labels = np.asarray(values, dtype=np.int64)
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
-            raise ValueError(
-                f"{name} has labels from {self.labels.min()} to {self.labels.max()} for {len(self.class_names)} classes"
-                "; a label is the place of its name, from 0 on"
-            )
+        _check_labels(name, self.labels, self.class_names)
 
     def open(self, position: int) -> Path | BinaryIO:
-        import io
-
         image = self._images[position][self._key]
         return io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
 
@@ -179,45 +179,91 @@ class HuggingFaceSamples(Samples):
         return f"{self._name}[{position}]"
 
 
-class _ReadThen:
-    """``read_image`` before a transform; a class, because loader processes may have to pickle it."""
-
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Image.Image) -> Any:
-        return self.transform(read_image(image))
-
-
-@dataclass(kw_only=True)
-class Stream:
-    """A split that can only be read from front to back: WebDataset shards through timm's reader."""
-
-    folder: str
-    """Where the shards are."""
-    split: str
-    """timm's split: a name in ``info.json``, or a pattern of shards with the number of samples."""
-    class_names: list[str]
-    """In the order of the labels."""
-
-    def dataset(self, *, is_training: bool, batch_size: int, seed: int, transform: Any) -> Any:
-        """timm's iterable data set; shuffled when training."""
-        from timm.data import create_dataset
-
-        dataset = create_dataset(
-            "wds/" + self.folder,
-            root=self.folder,
-            split=self.split,
-            is_training=is_training,
-            batch_size=batch_size,
-            seed=seed,
-            input_img_mode="",  # left to read_image, as for every other data set
+def _check_labels(name: str, labels: np.ndarray, class_names: Sequence[str]) -> None:
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise ValueError(
+            f"{name} has labels from {labels.min()} to {labels.max()} for {len(class_names)} classes"
+            "; a label is the place of its name, from 0 on"
         )
-        dataset.transform = None if transform is None else _ReadThen(transform)
-        return dataset
 
-    def __len__(self) -> int:
-        return int(self.dataset(is_training=False, batch_size=1, seed=0, transform=None).reader.num_samples)
+
+class ShardSamples(Samples):
+    """WebDataset shards on disk: tar files in which the parts of a sample share their name up to the first dot.
+
+    The shards are looked through once, for the place of each image in them. So they are read like any other files: in
+    any order, by any number of processes, and each image by its name. A label is in ``.cls``, a number or a class's
+    name, or in ``.json`` under the label key.
+
+    Args:
+        name: of the split, for messages.
+        paths: of its shards.
+        class_names: in the order of the labels; the sorted names in the shards when left out.
+        label_key: of labels in ``.json``.
+
+    Raises:
+        ValueError: for a shard that is no whole tar file, a sample without an image or label, or labels without names.
+    """
+
+    def __init__(self, name: str, paths: Sequence[Path], class_names: list[str] | None, label_key: str) -> None:
+        self._shards = list(paths)
+        self._names: list[str] = []
+        places: list[tuple[int, int, int]] = []
+        labels: list[int | str] = []
+        for number, path in enumerate(self._shards):
+            for image, label in _tar_samples(path, label_key):
+                self._names.append(image.name)
+                places.append((number, image.offset_data, image.size))
+                labels.append(label)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
+        if class_names is None:
+            if not labels or any(isinstance(label, int) for label in labels):
+                raise ValueError(f"{name} names no classes; list them, one a line, in a file: --data.class_names FILE")
+            class_names = sorted({str(label) for label in labels})
+        known = {class_name: place for place, class_name in enumerate(class_names)}
+        strange = next((label for label in labels if isinstance(label, str) and label not in known), None)
+        if strange is not None:
+            raise ValueError(f"{name} has the class {strange!r}, which is none of its {len(class_names)} class names")
+        self.class_names = class_names
+        self.labels = np.array([known[label] if isinstance(label, str) else label for label in labels], dtype=np.int64)
+        _check_labels(name, self.labels, class_names)
+
+    def open(self, position: int) -> BinaryIO:
+        shard, offset, size = self._places[position].tolist()
+        with self._shards[shard].open("rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+    def name(self, position: int) -> str:
+        return f"{self._shards[self._places[position, 0]]}/{self._names[position]}"
+
+
+def _tar_samples(path: Path, label_key: str) -> Iterator[tuple[tarfile.TarInfo, int | str]]:
+    """The image's place and the label of each sample of a shard."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            named = ((_sample_key(member.name), member) for member in tar if member.isfile())
+            for key, members in itertools.groupby(named, key=lambda pair: pair[0]):
+                parts = {member.name[len(key) :].lower(): member for _, member in members}
+                image = next((parts[suffix] for suffix in parts if suffix in IMAGE_SUFFIXES), None)
+                text = {suffix: _text(tar, parts[suffix]) for suffix in (".cls", ".json") if suffix in parts}
+                label = text[".cls"].strip() if ".cls" in text else json.loads(text.get(".json", "{}")).get(label_key)
+                if image is None or label is None:
+                    lacking = "image" if image is None else f"label (.cls, or {label_key!r} in .json)"
+                    raise ValueError(f"its sample {key} has no {lacking}")
+                yield image, int(label) if str(label).lstrip("-").isdigit() else str(label)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a shard: {error}") from error
+
+
+def _sample_key(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = tar.extractfile(member)
+    assert file is not None  # it is a file
+    return file.read().decode("utf-8")
 
 
 def match_classes(found: Sequence[str], wanted: Sequence[str]) -> tuple[list[int], list[str]]:

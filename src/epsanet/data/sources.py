@@ -19,13 +19,14 @@ from epsanet.data.samples import (
     FolderSamples,
     HuggingFaceSamples,
     Samples,
-    Stream,
+    ShardSamples,
     Subset,
     TorchvisionSamples,
     match_classes,
 )
+from epsanet.data.streams import Stream
 
-__all__ = ["DataSplits", "open_data", "open_split", "require"]
+__all__ = ["DataSplits", "open_data", "open_split", "open_splits", "require"]
 
 TRAIN_NAMES, VAL_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
 SPLIT_SEED = 42
@@ -91,7 +92,10 @@ def open_data(config: DataConfig) -> DataSplits:
         train = next(iter(found.values()))
     if val is None:
         if isinstance(train, Stream):
-            raise ValueError(f"{config.source} has no validation split; name one with --data.val_split")
+            raise ValueError(
+                f"{config.source} has no validation split, and none can be set aside of a stream; "
+                "name one with --data.val_split, or leave out --data.streaming"
+            )
         train, val = _split_off(train, config.val_fraction, config.source)
         notes.append(f"no validation split: {len(val):,} images of the training split, same share of each class")
     return DataSplits(
@@ -142,12 +146,29 @@ def open_split(
     return _matched(found[split], class_names, split, notes), split, notes
 
 
+def open_splits(config: DataConfig) -> tuple[dict[str, Samples | Stream], list[str]]:
+    """Every split by its name in the data set, all under the class names of the training split; and these names.
+
+    Args:
+        config: its ``source`` and the fields about splits.
+
+    Raises:
+        ValueError: when there is no such data set, or classes do not match.
+    """
+    found, notes = _open_splits(config)
+    train = _first(found, (config.train_split, *TRAIN_NAMES, *found))
+    return {name: _matched(split, train.class_names, name, notes) for name, split in found.items()}, train.class_names
+
+
 def _matched(split: Samples | Stream, class_names: list[str], title: str, notes: list[str]) -> Samples | Stream:
     """The split with labels that follow ``class_names``; classes without images do not count as found."""
     if split.class_names == class_names:
         return split
     if isinstance(split, Stream):
-        raise ValueError(f"the {title} split names other classes than expected; shards cannot be renumbered")
+        try:
+            return split.renamed(class_names)
+        except ValueError as error:
+            raise ValueError(f"the {title} split does not fit: {error}") from error
     present = sorted(set(split.labels.tolist()))
     try:
         places, lacking = match_classes([split.class_names[label] for label in present], class_names)
@@ -193,12 +214,14 @@ def _open_splits(config: DataConfig) -> tuple[dict[str, Samples | Stream], list[
     prefix, _, rest = source.partition("/")
     path = Path(source)
     names = _read_class_names(config)
+    if config.streaming and prefix != "hfds" and path.suffix != ".parquet" and not any(path.glob("*.parquet")):
+        raise ValueError(f"{source} cannot be streamed, only Parquet and hfds/ can; leave out --data.streaming")
     if source == "digits":
         return _open_digits(config), []
     if prefix == "torch" and rest:
         return _open_torchvision(source, config, names), []
     if prefix == "wds" and rest:
-        return _open_shards(rest, config, names), []
+        return _open_shards(Path(rest), config, names)
     if prefix == "hfds" and rest:
         return _open_hugging_face(source, {"path": rest}, config, names), []
     if path.is_file() and path.suffix == ".parquet":
@@ -272,11 +295,16 @@ def _open_hugging_face(
     import datasets
 
     try:
-        found = datasets.load_dataset(**arguments, cache_dir=config.root)
+        if config.streaming:
+            builder = datasets.load_dataset_builder(**arguments, cache_dir=config.root)
+        else:
+            found = datasets.load_dataset(**arguments, cache_dir=config.root)
     except (OSError, ValueError, RuntimeError) as error:  # datasets' own errors derive from these
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{source} cannot be read: {first}") from error
     # Benchmarks publish test images with -1 for a label that they keep to themselves.
+    if config.streaming:
+        return _open_streams(source, builder, config, names)
     return {
         split: HuggingFaceSamples(f"{source}:{split}", dataset, config, names)
         for split, dataset in found.items()
@@ -284,30 +312,71 @@ def _open_hugging_face(
     }
 
 
-def _open_shards(folder: str, config: DataConfig, names: list[str] | None) -> dict[str, Samples | Stream]:
+def _open_streams(
+    source: str, builder: Any, config: DataConfig, names: list[str] | None
+) -> dict[str, Samples | Stream]:
+    files = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+    strange = [file for split in files.values() for file in split if not file.split("?")[0].endswith(".parquet")]
+    if strange or not files:
+        raise ValueError(
+            f"{source} holds {strange[0] if strange else 'no Parquet files'}; only Parquet is streamed, "
+            "leave out --data.streaming"
+        )
+    names = names or getattr((builder.info.features or {}).get(config.label_key), "names", None)
+    streams = {split: Stream(f"{source}:{split}", paths, config, names) for split, paths in files.items()}
+    return {split: stream for split, stream in streams.items() if stream.first_label() != -1}
+
+
+def _open_shards(
+    folder: Path, config: DataConfig, names: list[str] | None
+) -> tuple[dict[str, Samples | Stream], list[str]]:
+    info = _read_shard_info(folder)
+    patterns = [split for split in (config.train_split, config.val_split, config.test_split) if split]
+    wanted = {split: _expand(split) for split in patterns if ".tar" in split}
+    wanted |= {split: (entry["filenames"], entry["num_samples"]) for split, entry in info.get("splits", {}).items()}
+    if not wanted:  # train-0000.tar, train-0001.tar, …
+        for path in sorted(folder.glob("*.tar")):
+            split = path.stem.rstrip("0123456789").rstrip("-_.").rpartition("-")[2]
+            wanted.setdefault(split, ([], None))[0].append(path.name)
+    if not wanted:
+        raise ValueError(
+            f"wds/{folder} has no shards like train-0000.tar; make them with epsanet shard, or name them by pattern, "
+            "for example --data.train_split 'tr{00..11}.tar' --data.val_split va.tar"
+        )
+    found: dict[str, Samples | Stream] = {}
+    notes = []
+    for split, (files, expected) in wanted.items():
+        found[split] = ShardSamples(
+            f"wds/{folder}:{split}",
+            [folder / file for file in files],
+            names or info.get("class_names"),
+            config.label_key,
+        )
+        if expected not in (None, len(found[split])):
+            notes.append(f"the {split} split has {len(found[split]):,} samples, not {expected:,} as was said of it")
+    return found, notes
+
+
+def _read_shard_info(folder: Path) -> dict[str, Any]:
+    """timm's description of shards: ``splits`` by name, with ``filenames`` and ``num_samples``; ``class_names``."""
     import json
 
-    require("webdataset", "data")
-    info_path = next(
-        (path for path in (Path(folder) / "_info.json", Path(folder) / "info.json") if path.is_file()), None
-    )
+    path = next((path for path in (folder / "_info.json", folder / "info.json") if path.is_file()), None)
     try:
-        info = json.loads(info_path.read_text(encoding="utf-8")) if info_path else {}
-    except ValueError as error:
-        raise ValueError(f"{info_path} is no JSON: {error}") from error
-    splits = [*info.get("splits", {}), config.train_split, config.val_split, config.test_split]
-    wanted = [
-        split for split in dict.fromkeys(splits) if split and (split in info.get("splits", {}) or ".tar" in split)
-    ]
-    if not Path(folder).is_dir() or not wanted:
-        raise ValueError(
-            f"wds/{folder} has no info.json with splits; write one, or give patterns of shards with their number of "
-            "samples, for example --data.train_split 'train-{0000..0003}.tar|4000' --data.val_split 'val-0000.tar|500'"
-        )
-    for split in wanted:
-        if split not in info.get("splits", {}) and not split.rpartition("|")[2].isdigit():
-            raise ValueError(f"{split!r} does not say how many samples it has; for example {split.split('|')[0]}|4000")
-    names = names or info.get("class_names")
-    if not names:
-        raise ValueError(f"wds/{folder} names no classes; list them, one a line, in a file: --data.class_names FILE")
-    return {split: Stream(folder=folder, split=split, class_names=list(names)) for split in wanted}
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        for entry in info.get("splits", {}).values():
+            _ = entry["filenames"], entry["num_samples"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no description of shards: {error!r}") from error
+    return info
+
+
+def _expand(pattern: str) -> tuple[list[str], int | None]:
+    """Shards of a pattern with braces, and the number of their samples, if it is said: ``train-{0..9}.tar|5000``."""
+    files, _, count = pattern.partition("|")
+    if "{" not in files:
+        return [files], int(count) if count.isdigit() else None
+    require("webdataset", "data")
+    from webdataset.shardlists import expand_urls
+
+    return list(expand_urls(files)), int(count) if count.isdigit() else None

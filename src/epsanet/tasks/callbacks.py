@@ -21,7 +21,7 @@ from torch import Tensor
 from epsanet._files import atomic_file
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.console import console, duration, progress_bar
-from epsanet.tasks.report import shown
+from epsanet.tasks.report import MUCH_WAITING, data_advice, shown
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -126,6 +126,17 @@ class History(Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self._started = time.monotonic()
 
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self._epoch_started = self._stepped = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._stepped = time.perf_counter()
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time of all steps that was spent waiting for images, over the whole run."""
+        return float(np.mean([row["data_wait"] for row in self.rows]))
+
     @property
     def seconds(self) -> float:
         """Time spent in training, over all its pieces."""
@@ -134,6 +145,7 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         assert pl_module.evaluation is not None
+        loader: Any = trainer.train_dataloader
         self.rows.append(
             {
                 "epoch": trainer.current_epoch + 1,
@@ -143,6 +155,7 @@ class History(Callback):
                 "val_loss": pl_module.evaluation.loss,
                 "val_top1": pl_module.evaluation.top1,
                 "val_top5": pl_module.evaluation.top5,
+                "data_wait": round(loader.waited / max(self._stepped - self._epoch_started, 1e-9), 4),
                 "seconds": round(self.seconds, 3),
             }
         )
@@ -162,6 +175,7 @@ class Reporter(Callback):
     def __init__(self, history: History) -> None:
         self.history = history
         self.bar = progress_bar()
+        self._advised = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         assert trainer.max_epochs is not None
@@ -176,7 +190,7 @@ class Reporter(Callback):
         text += f"  val top-1 {last['val_top1']:.2f} %" if last else ""
         self.bar.update(self.task, completed=trainer.global_step, description=text)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         row = self.history.rows[-1]
         done = trainer.global_step - self._first
         left = (time.monotonic() - self._start) / max(done, 1) * (self._total - trainer.global_step)
@@ -185,6 +199,11 @@ class Reporter(Callback):
             f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:6.2f} %  "
             f"remaining {duration(left)}"
         )
+        if row["data_wait"] > MUCH_WAITING and not self._advised:
+            self._advised = True
+            assert isinstance(pl_module, Classifier)
+            assert pl_module.config is not None
+            console.print(data_advice(row["data_wait"], pl_module.config.data))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self.bar.stop()

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from epsanet.data.check import check_images
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import evaluation_loader
-from epsanet.data.samples import Stream
 from epsanet.data.sources import open_split
+from epsanet.data.streams import Stream
 from epsanet.network.weights import LoadedModel, load_model
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.console import messages, progress_bar, quiet_lightning, track

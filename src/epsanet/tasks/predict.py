@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from epsanet._files import atomic_file
-from epsanet.data.images import IMAGE_SUFFIXES, ImageError, read_image
+from epsanet.data.images import IMAGE_SUFFIXES, ImageError, image_files, printable, read_image
 from epsanet.data.loaders import evaluation_transform
 from epsanet.data.sources import require
 from epsanet.network.weights import LoadedModel, load_model
@@ -56,9 +56,7 @@ def find_images(names: Sequence[str | Path]) -> list[str]:
     for name in map(str, names):
         path = Path(name)
         if path.is_dir():
-            inside = sorted(
-                str(file) for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-            )
+            inside = sorted(image_files(path))
             if not inside:
                 raise ValueError(f"{name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             found.extend(inside)
@@ -150,11 +148,11 @@ def _predict(
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for path, error in files:
             if error:
-                yield Prediction(image=path, error=error)
+                yield Prediction(image=printable(path), error=error)
                 continue
             values, indices = next(rows)
             names = tuple(loaded.class_names[index] for index in indices)
-            yield Prediction(image=path, classes=names, probabilities=tuple(values))
+            yield Prediction(image=printable(path), classes=names, probabilities=tuple(values))
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction], topk: int) -> Iterator[Prediction]:

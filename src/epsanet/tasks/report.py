@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from rich.table import Table
 
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import worker_count
-from epsanet.data.samples import Stream
+from epsanet.data.streams import Stream
 from epsanet.tasks.console import console, counted
 from epsanet.tasks.run import Run
 
-__all__ = ["announce", "has_tensorboard", "next_commands", "shown"]
+__all__ = ["announce", "data_advice", "has_tensorboard", "next_commands", "shown"]
+
+MUCH_WAITING = 0.2
+"""From this share of a step on, waiting for images is worth a line."""
 
 
 def announce(run: Run, *, resumed: bool) -> None:
@@ -41,13 +45,28 @@ def announce(run: Run, *, resumed: bool) -> None:
     for title in ("train", "val", "test"):
         split = getattr(splits, title)
         if isinstance(split, Stream):
-            table.add_row(title, f"{len(split):,} images in shards, read as they come")
+            table.add_row(title, f"{len(split):,} images, read as they come")
     for note in splits.notes:
         table.add_row("note", note)
     if not has_tensorboard():
         table.add_row("note", "no TensorBoard events without: pip install 'epsanet[tensorboard]'")
     table.add_row("run folder", shown(run.folder) + (" (resumed)" if resumed else ""))
     console.print(table)
+
+
+def data_advice(share: float, data: DataConfig) -> str:
+    """What to do about steps that wait for images.
+
+    Args:
+        share: of the time of a step that is spent waiting, 0 to 1.
+        data: how images are loaded.
+    """
+    workers, cores = worker_count(data), os.cpu_count() or 1
+    if workers < cores:
+        advice = f"more loader processes may help: --data.workers {cores}"
+    else:
+        advice = f"{counted(cores, 'core')} cannot load faster; images stored at about the input size decode faster"
+    return f"{share:.0%} of the time of a step is spent waiting for images; {advice}"
 
 
 def has_tensorboard() -> bool:
@@ -69,6 +88,7 @@ def _data_flags(data: DataConfig) -> str:
         "val_split",
         "test_split",
         "val_fraction",
+        "streaming",
         "image_key",
         "label_key",
         "class_names",

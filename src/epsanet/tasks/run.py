@@ -13,8 +13,8 @@ from timm.data import resolve_data_config
 
 from epsanet.data.check import CheckReport, check_images
 from epsanet.data.loaders import evaluation_transform, train_transform
-from epsanet.data.samples import Stream
 from epsanet.data.sources import DataSplits, open_data
+from epsanet.data.streams import Stream
 from epsanet.network.weights import create_model
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig
