@@ -222,7 +222,7 @@ def test_streams_follow_the_class_names_of_a_network(folder: Path) -> None:
     assert (name, len(split)) == ("validation", 10)
     found = [label for batch in batches(evaluation_loader(split, streamed(folder), EXACT)) for _, label, _ in batch]
     assert found == [[2, 3, 0][n % 3] for n in range(10)]
-    with pytest.raises(ValueError, match="the val split does not fit: 1 of 3 classes are unknown: 'c'"):
+    with pytest.raises(ValueError, match="the validation split does not fit: 1 of 3 classes are unknown: 'c'"):
         open_split(streamed(folder), "val", ["a", "b"])
 
 
