@@ -17,7 +17,7 @@ _HELP = {
     "train": "train a classifier: epsanet train [RECIPE or YAML file] [flags]; digits without a recipe",
     "evaluate": "accuracy of a model on a data set",
     "predict": "class names and probabilities of images",
-    "models": "the networks, their cost, and the published figures beside",
+    "models": "the networks, their cost, the published figures beside, and the weights in this package",
     "convert": "released checkpoint to model folder, or back",
 }
 _EXIT_USER, _EXIT_INTERRUPTED = 2, 130
@@ -262,12 +262,14 @@ def _models(values: dict[str, Any]) -> int:
     from rich import box
     from rich.table import Table
 
+    from epsanet.network.shipped import shipped_weights
     from epsanet.study.cost import cost_table
     from epsanet.tasks.console import console
 
-    rows = cost_table()
+    rows, shipped = cost_table(), shipped_weights()
     if values["json"]:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        weights = {row.name: [dataclasses.asdict(found) for found in shipped if found.of == row.name] for row in rows}
+        print(json.dumps([{**dataclasses.asdict(row), "weights": weights[row.name]} for row in rows], indent=2))
         return 0
     table = Table(title="EPSANets in timm, and what the paper says of them", box=box.SIMPLE_HEAD)
     for title in ("network", "input", "parameters", "paper", "GMACs", "paper", "top-1", "top-5"):
@@ -291,6 +293,15 @@ def _models(values: dict[str, Any]) -> int:
         "which of the two reached its accuracy is unknown.\n"
         "top-1 and top-5 are the paper's, on ImageNet; its weights were never published."
     )
+    table = Table(title="Weights in this package", box=box.SIMPLE_HEAD)
+    for title in ("name", "input", "classes", "KiB", "top-1", "measured on"):
+        table.add_column(title, justify="left" if title in ("name", "measured on") else "right", no_wrap=True)
+    for found in shipped:
+        top1 = "" if found.top1 is None else f"{found.top1:.2f}"
+        size, kibibytes = f"{found.input_size}²", f"{found.file_bytes / 1024:,.0f}"
+        table.add_row(found.name, size, str(found.classes), kibibytes, top1, found.measured_on or "")
+    console.print(table)
+    console.print("epsanet predict NAME IMAGES, or timm.create_model(NAME, pretrained=True); no download.")
     return 0
 
 

@@ -31,11 +31,13 @@ from torch import Tensor
 
 from epsanet._files import atomic_file, atomic_folder
 from epsanet.network.epsanet import EPSABlock, EPSANet
+from epsanet.network.shipped import shipped_folders
 
 __all__ = [
     "LoadedModel",
     "convert",
     "create_model",
+    "find_model_folder",
     "from_released",
     "load_model",
     "load_released",
@@ -128,9 +130,9 @@ def load_model(source: str | Path) -> LoadedModel:
     """A network from wherever users have one.
 
     Args:
-        source: a model folder, a run folder of ``epsanet train``, a released checkpoint (``.pth``, ``.pth.tar``), a
-            Hugging Face Hub id (``hf-hub:user/name``), or a name with pretrained weights in timm
-            (``resnet50.a1_in1k``).
+        source: a model folder, a run folder of ``epsanet train``, a released checkpoint (``.pth``, ``.pth.tar``),
+            weights of this package (``epsanet14_tiny.digits``; ``epsanet models`` lists them), a Hugging Face Hub id
+            (``hf-hub:user/name``), or a name with pretrained weights in timm (``resnet50.a1_in1k``).
 
     Raises:
         ValueError: when there is nothing such, or it is damaged; one line that says which.
@@ -138,9 +140,9 @@ def load_model(source: str | Path) -> LoadedModel:
     path = Path(source)
     if path.is_file():
         return load_released(path)
-    for folder in (path, path / "model"):
-        if (folder / CONFIG_NAME).is_file():
-            return _load_folder(folder)
+    folder = find_model_folder(source)
+    if folder is not None:
+        return _load_folder(folder)
     if path.is_dir():
         raise ValueError(f"{path} is no model folder: it has no {CONFIG_NAME}; give the folder that training wrote")
     name = str(source)
@@ -148,8 +150,15 @@ def load_model(source: str | Path) -> LoadedModel:
         return _load_named(name)
     raise ValueError(
         f"there is no model {name!r}: no such file or folder, and no network of that name; give a model folder, a "
-        "checkpoint, hf-hub:USER/NAME, or a name of timm's with pretrained weights"
+        f"checkpoint, {', '.join(shipped_folders())}, hf-hub:USER/NAME, or a name of timm's with pretrained weights"
     )
+
+
+def find_model_folder(source: str | Path) -> Path | None:
+    """The model folder that a model folder, a run folder, or the name of shipped weights stands for, if it is one."""
+    path = Path(source)
+    folders = [path, path / "model", *(folder for name, folder in shipped_folders().items() if name == str(source))]
+    return next((folder for folder in folders if (folder / CONFIG_NAME).is_file()), None)
 
 
 def _load_folder(folder: Path) -> LoadedModel:

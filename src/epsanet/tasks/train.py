@@ -186,6 +186,7 @@ def _finish(run: Run, history: History) -> TrainResult:
         parameters=sum(parameter.numel() for parameter in run.model.parameters()),
         class_names=run.splits.class_names,
         input_size=run.data_config["input_size"],
+        licence=run.model.pretrained_cfg.get("license"),
         split=split,
         evaluation=evaluation,
         epoch=best["epoch"] + 1,
