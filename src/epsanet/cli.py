@@ -230,14 +230,35 @@ def _evaluate(values: dict[str, Any]) -> int:
 
 
 def _predict(values: dict[str, Any]) -> int:
+    from epsanet.tasks.console import messages
+    from epsanet.tasks.parquet import predict_to_parquet, process_of_many
+    from epsanet.tasks.predict import find_images
+
+    output, paths = values.pop("output"), find_images(values.pop("images"))
+    if output is not None and output.endswith(".parquet"):
+        result = predict_to_parquet(values.pop("model"), paths, output, **values)
+        if result is None:
+            return 0
+        failed, resumed = result.errors, f", {result.resumed:,} of them from before" if result.resumed else ""
+        messages.print(f"{result.rows:,} rows in {output}{resumed}")
+    elif process_of_many()[1] > 1:
+        raise ValueError("several processes write one Parquet file; add --output x.parquet, or start one process")
+    else:
+        failed = _predict_at_once(values.pop("model"), paths, output, values)
+    if failed:
+        messages.print(f"{failed:,} of {len(paths):,} images could not be read")
+    return _EXIT_USER if failed == len(paths) else 0
+
+
+def _predict_at_once(model: str, paths: list[str], output: str | None, values: dict[str, Any]) -> int:
+    """Predict into a table on the screen, a CSV or a JSON file; the number of images that could not be read."""
     from rich.table import Table
 
     from epsanet.tasks.console import console, messages, track
-    from epsanet.tasks.predict import find_images, predict, write_predictions
+    from epsanet.tasks.predict import predict, write_predictions
 
-    output, topk = values.pop("output"), values["topk"]
-    paths = find_images(values.pop("images"))
-    rows = predict(values.pop("model"), paths, **values)
+    topk = values["topk"]
+    rows = predict(model, paths, **values)
     if output is not None:
         rows = write_predictions(output, rows, topk)
     table = Table("image", *(f"{place}." for place in range(1, topk + 1)))
@@ -253,9 +274,7 @@ def _predict(values: dict[str, Any]) -> int:
         console.print(table)
     else:
         messages.print(f"{len(paths):,} rows in {output}")
-    if failed:
-        messages.print(f"{failed:,} of {len(paths):,} images could not be read")
-    return _EXIT_USER if failed == len(paths) else 0
+    return failed
 
 
 def _models(values: dict[str, Any]) -> int:
