@@ -19,6 +19,7 @@ _HELP = {
     "predict": "class names and probabilities of images",
     "models": "the networks, their cost, the published figures beside, and the weights in this package",
     "convert": "released checkpoint to model folder, or back",
+    "publish": "a model folder to the Hugging Face Hub",
 }
 _EXIT_USER, _EXIT_INTERRUPTED = 2, 130
 
@@ -64,7 +65,7 @@ def _run(words: list[str]) -> int:
 
     parser = ArgumentParser(
         prog="epsanet",
-        description="EPSANet (Pyramid Squeeze Attention, ACCV 2022): train, evaluate, predict, convert.",
+        description="EPSANet (Pyramid Squeeze Attention, ACCV 2022): train, evaluate, predict, convert, publish.",
         epilog="epsanet COMMAND --help lists a command's flags; --debug shows the traceback of an error.",
         exit_on_error=False,
     )
@@ -158,6 +159,17 @@ def _convert_parser() -> ArgumentParser:
     parser.add_argument("source", type=str, help="Checkpoint of the released code, or a model folder.")
     parser.add_argument("destination", type=str, help="Folder to write, or a file that ends in .pth or .pth.tar.")
     parser.add_argument("--data_parallel", action="store_true", help="Put module. before each name of a checkpoint.")
+    return parser
+
+
+def _publish_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("model", type=str, help="Model or run folder, or weights of this package.")
+    parser.add_argument("repo", type=str, help="USER/NAME on the Hub; made if it is not there.")
+    parser.add_argument("--dry_run", action="store_true", help="Check and list what would be uploaded, and stop.")
+    parser.add_argument("--private", action="store_true", help="Make a new repository for its owner only.")
     return parser
 
 
@@ -332,12 +344,36 @@ def _convert(values: dict[str, Any]) -> int:
     return 0
 
 
+def _publish(values: dict[str, Any]) -> int:
+    from rich.table import Table
+
+    from epsanet.tasks.console import console
+    from epsanet.tasks.publish import publish
+
+    result = publish(values.pop("model"), values.pop("repo"), **values)
+    table = Table("file", "bytes", title=f"{result.folder} → {result.repo}")
+    table.columns[1].justify = "right"
+    for name, size in result.files.items():
+        table.add_row(name, f"{size:,}")
+    console.print(table)
+    names = result.config.get("label_names", [])
+    shown = {key: value for key, value in result.config.items() if key != "label_names"}
+    console.print(f"config.json: {json.dumps(shown)}")
+    console.print(f"{len(names)} classes: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}")
+    console.print("read back by timm: the same logits")
+    for note in result.notes:
+        console.print(f"note: {note}")
+    console.print(result.url or "nothing was uploaded: --dry-run")
+    return 0
+
+
 _PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "train": _train_parser,
     "evaluate": _evaluate_parser,
     "predict": _predict_parser,
     "models": _models_parser,
     "convert": _convert_parser,
+    "publish": _publish_parser,
 }
 _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "train": _train,
@@ -345,6 +381,7 @@ _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "predict": _predict,
     "models": _models,
     "convert": _convert,
+    "publish": _publish,
 }
 
 if __name__ == "__main__":

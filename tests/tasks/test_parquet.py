@@ -170,9 +170,9 @@ def test_killed_processes_leave_parts_from_which_the_others_make_the_same_bytes(
 def test_two_processes_of_torchrun_write_what_one_writes(images: list[str], whole: bytes, tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), "never"]
-        + [str(tmp_path / "x.parquet"), *images],
+        [*launcher, script, "never", tmp_path / "x.parquet", *images],
         capture_output=True,
         text=True,
         timeout=250,

@@ -145,7 +145,7 @@ def predict_batches(
     network = loaded.model.to(device, memory_format=torch.channels_last).eval()
     loader = DataLoader(
         _Files(paths, evaluation_transform(loaded.data_config)),
-        batch_sampler=batches,  # type: ignore[arg-type] - ranges are lists enough
+        batch_sampler=batches,  # type: ignore[arg-type]  # ranges are lists enough
         num_workers=workers,
         collate_fn=_collate,
     )
