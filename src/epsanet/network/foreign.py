@@ -236,7 +236,10 @@ def _check_size(
         return
     asked, held = (sum(map(math.prod, sizes)) for sizes in ((t.shape for t in state.values()), shapes.values()))
     if asked > 2 * held:
-        raise ValueError(f"{path} describes a network of {asked:,} numbers; model.safetensors has {held:,}")
+        raise ValueError(
+            f"{path} is damaged: it describes a network of {asked:,} numbers, model.safetensors has {held:,}; copy the "
+            "folder again"
+        )
     for name in state.keys() & floating.keys():
         if state[name].is_floating_point() != floating[name]:
             raise ValueError(f"{folder} holds {name} as another kind of number than {state[name].dtype}; copy it again")
