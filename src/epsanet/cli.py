@@ -267,7 +267,7 @@ def _predict_at_once(model: str, paths: list[str], output: str | None, values: d
     from rich.table import Table
 
     from epsanet.tasks.console import console, messages, track
-    from epsanet.tasks.predict import predict, printable, write_predictions
+    from epsanet.tasks.predict import predict, write_predictions
 
     topk = values["topk"]
     rows = predict(model, paths, **values)
@@ -277,10 +277,11 @@ def _predict_at_once(model: str, paths: list[str], output: str | None, values: d
     failed = 0
     for row in track(rows, len(paths), "predicting"):
         failed += bool(row.error)
-        cells = [f"{best} {value:.1%}" for best, value in zip(row.classes, row.probabilities, strict=True)]
-        name = printable(row.image)
+        cells = [f"{name} {value:.1%}" for name, value in zip(row.classes, row.probabilities, strict=True)]
         if output is None:
-            table.add_row(f"{name}\n  {row.error}" if row.error else name, *cells, style="red" if row.error else "")
+            table.add_row(
+                f"{row.image}\n  {row.error}" if row.error else row.image, *cells, style="red" if row.error else ""
+            )
     if output is None:
         console.print(table)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,14 +210,6 @@ def test_every_format_says_the_same(suffix: str, rows: list[Prediction], tmp_pat
     assert list(write_predictions(path, iter(rows), topk=3)) == rows, "they are passed on"
     assert read(path) == FLAT
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
-def test_a_name_that_is_no_text_is_written_as_its_bytes(suffix: str, tmp_path: Path) -> None:
-    name = os.fsdecode(b"caf\xe9 \xc3\xa9.png")
-    rows = [Prediction(image=name, classes=("a",), probabilities=(0.5,))]
-    assert list(write_predictions(tmp_path / f"x.{suffix}", rows, topk=1)) == rows, "passed on as it is"
-    assert [row["image"] for row in read(tmp_path / f"x.{suffix}")] == ["caf\\xe9 é.png"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import glob
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,13 +188,8 @@ def write_predictions(path: str | Path, predictions: Iterable[Prediction], topk:
     return writers[path.suffix](path, predictions, topk)
 
 
-def printable(path: str) -> str:
-    """A path for people and files; bytes of a name that are no UTF-8 are written as ``\\xff``."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
 def _row(prediction: Prediction, topk: int) -> dict[str, str | float | None]:
-    row: dict[str, str | float | None] = {"image": printable(prediction.image), "error": prediction.error or None}
+    row: dict[str, str | float | None] = {"image": prediction.image, "error": prediction.error or None}
     for place in range(topk):
         known = place < len(prediction.classes)
         row[f"class_{place + 1}"] = prediction.classes[place] if known else None
@@ -218,7 +212,7 @@ def _write_json(path: Path, predictions: Iterable[Prediction], topk: int) -> Ite
         for prediction in predictions:
             pairs = zip(prediction.classes[:topk], prediction.probabilities, strict=False)
             entry = {
-                "image": printable(prediction.image),
+                "image": prediction.image,
                 "error": prediction.error or None,
                 "predictions": [{"class": name, "probability": value} for name, value in pairs],
             }
