@@ -217,7 +217,7 @@ RUNS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a recipe that names a class": (
         TRAINING,
         f"data: {{class_path: os.mkdir, init_args: {{path: {CANARY}}}}}\n",
-        "data",
+        "class_path",
     ),
 }
 

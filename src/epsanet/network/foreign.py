@@ -215,7 +215,8 @@ def _check_size(
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
             shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
             floating = {name: "F" in part.get_dtype() for name, part in found.items()}
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        _check_header(folder / "model.safetensors")
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"the model folder {folder} is damaged: {error}; copy it again") from error
     most = max([_ANY_COUNT, len(shapes), *(size for shape in shapes.values() for size in shape)])
     classes = {
@@ -243,6 +244,12 @@ def _check_size(
     for name in state.keys() & floating.keys():
         if state[name].is_floating_point() != floating[name]:
             raise ValueError(f"{folder} holds {name} as another kind of number than {state[name].dtype}; copy it again")
+
+
+def _check_header(path: Path) -> None:
+    """Of two tensors with one name, safetensors takes the last."""
+    with path.open("rb") as file:
+        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=_without_duplicates)
 
 
 def _numbers(value: object, name: str) -> Iterator[tuple[str, object]]:
