@@ -18,8 +18,9 @@ _HELP = {
     "evaluate": "accuracy of a model on a data set",
     "predict": "class names and probabilities of images",
     "shard": "pack an image folder into WebDataset shards",
-    "models": "the networks, their cost, and the published figures beside",
+    "models": "the networks, their cost, the published figures beside, and the weights in this package",
     "convert": "released checkpoint to model folder, or back",
+    "publish": "a model folder to the Hugging Face Hub",
 }
 _EXIT_USER, _EXIT_INTERRUPTED = 2, 130
 
@@ -65,7 +66,7 @@ def _run(words: list[str]) -> int:
 
     parser = ArgumentParser(
         prog="epsanet",
-        description="EPSANet (Pyramid Squeeze Attention, ACCV 2022): train, evaluate, predict, convert.",
+        description="EPSANet (Pyramid Squeeze Attention, ACCV 2022): train, evaluate, predict, convert, publish.",
         epilog="epsanet COMMAND --help lists a command's flags; --debug shows the traceback of an error.",
         exit_on_error=False,
     )
@@ -175,6 +176,17 @@ def _convert_parser() -> ArgumentParser:
     return parser
 
 
+def _publish_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("model", type=str, help="Model or run folder, or weights of this package.")
+    parser.add_argument("repo", type=str, help="USER/NAME on the Hub; made if it is not there.")
+    parser.add_argument("--dry_run", action="store_true", help="Check and list what would be uploaded, and stop.")
+    parser.add_argument("--private", action="store_true", help="Make a new repository for its owner only.")
+    return parser
+
+
 def _add_device(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps.")
     parser.add_argument("--precision", type=str, default="32-true", help="32-true, bf16-mixed or 16-mixed.")
@@ -244,14 +256,35 @@ def _evaluate(values: dict[str, Any]) -> int:
 
 
 def _predict(values: dict[str, Any]) -> int:
+    from epsanet.tasks.console import messages
+    from epsanet.tasks.parquet import predict_to_parquet, process_of_many
+    from epsanet.tasks.predict import find_images
+
+    output, paths = values.pop("output"), find_images(values.pop("images"))
+    if output is not None and output.endswith(".parquet"):
+        result = predict_to_parquet(values.pop("model"), paths, output, **values)
+        if result is None:
+            return 0
+        failed, resumed = result.errors, f", {result.resumed:,} of them from before" if result.resumed else ""
+        messages.print(f"{result.rows:,} rows in {output}{resumed}")
+    elif process_of_many()[1] > 1:
+        raise ValueError("several processes write one Parquet file; add --output x.parquet, or start one process")
+    else:
+        failed = _predict_at_once(values.pop("model"), paths, output, values)
+    if failed:
+        messages.print(f"{failed:,} of {len(paths):,} images could not be read")
+    return _EXIT_USER if failed == len(paths) else 0
+
+
+def _predict_at_once(model: str, paths: list[str], output: str | None, values: dict[str, Any]) -> int:
+    """Predict into a table on the screen, a CSV or a JSON file; the number of images that could not be read."""
     from rich.table import Table
 
     from epsanet.tasks.console import console, messages, track
-    from epsanet.tasks.predict import find_images, predict, write_predictions
+    from epsanet.tasks.predict import predict, write_predictions
 
-    output, topk = values.pop("output"), values["topk"]
-    paths = find_images(values.pop("images"))
-    rows = predict(values.pop("model"), paths, **values)
+    topk = values["topk"]
+    rows = predict(model, paths, **values)
     if output is not None:
         rows = write_predictions(output, rows, topk)
     table = Table("image", *(f"{place}." for place in range(1, topk + 1)))
@@ -267,9 +300,7 @@ def _predict(values: dict[str, Any]) -> int:
         console.print(table)
     else:
         messages.print(f"{len(paths):,} rows in {output}")
-    if failed:
-        messages.print(f"{failed:,} of {len(paths):,} images could not be read")
-    return _EXIT_USER if failed == len(paths) else 0
+    return failed
 
 
 def _shard(values: dict[str, Any]) -> int:
@@ -289,12 +320,14 @@ def _models(values: dict[str, Any]) -> int:
     from rich import box
     from rich.table import Table
 
+    from epsanet.network.shipped import shipped_weights
     from epsanet.study.cost import cost_table
     from epsanet.tasks.console import console
 
-    rows = cost_table()
+    rows, shipped = cost_table(), shipped_weights()
     if values["json"]:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        weights = {row.name: [dataclasses.asdict(found) for found in shipped if found.of == row.name] for row in rows}
+        print(json.dumps([{**dataclasses.asdict(row), "weights": weights[row.name]} for row in rows], indent=2))
         return 0
     table = Table(title="EPSANets in timm, and what the paper says of them", box=box.SIMPLE_HEAD)
     for title in ("network", "input", "parameters", "paper", "GMACs", "paper", "top-1", "top-5"):
@@ -318,6 +351,15 @@ def _models(values: dict[str, Any]) -> int:
         "which of the two reached its accuracy is unknown.\n"
         "top-1 and top-5 are the paper's, on ImageNet; its weights were never published."
     )
+    table = Table(title="Weights in this package", box=box.SIMPLE_HEAD)
+    for title in ("name", "input", "classes", "KiB", "top-1", "measured on"):
+        table.add_column(title, justify="left" if title in ("name", "measured on") else "right", no_wrap=True)
+    for found in shipped:
+        top1 = "" if found.top1 is None else f"{found.top1:.2f}"
+        size, kibibytes = f"{found.input_size}²", f"{found.file_bytes / 1024:,.0f}"
+        table.add_row(found.name, size, str(found.classes), kibibytes, top1, found.measured_on or "")
+    console.print(table)
+    console.print("epsanet predict NAME IMAGES, or timm.create_model(NAME, pretrained=True); no download.")
     return 0
 
 
@@ -329,6 +371,29 @@ def _convert(values: dict[str, Any]) -> int:
     return 0
 
 
+def _publish(values: dict[str, Any]) -> int:
+    from rich.table import Table
+
+    from epsanet.tasks.console import console
+    from epsanet.tasks.publish import publish
+
+    result = publish(values.pop("model"), values.pop("repo"), **values)
+    table = Table("file", "bytes", title=f"{result.folder} → {result.repo}")
+    table.columns[1].justify = "right"
+    for name, size in result.files.items():
+        table.add_row(name, f"{size:,}")
+    console.print(table)
+    names = result.config.get("label_names", [])
+    shown = {key: value for key, value in result.config.items() if key != "label_names"}
+    console.print(f"config.json: {json.dumps(shown)}")
+    console.print(f"{len(names)} classes: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}")
+    console.print("read back by timm: the same logits")
+    for note in result.notes:
+        console.print(f"note: {note}")
+    console.print(result.url or "nothing was uploaded: --dry-run")
+    return 0
+
+
 _PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "train": _train_parser,
     "evaluate": _evaluate_parser,
@@ -336,6 +401,7 @@ _PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "shard": _shard_parser,
     "models": _models_parser,
     "convert": _convert_parser,
+    "publish": _publish_parser,
 }
 _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "train": _train,
@@ -344,6 +410,7 @@ _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "shard": _shard,
     "models": _models,
     "convert": _convert,
+    "publish": _publish,
 }
 
 if __name__ == "__main__":

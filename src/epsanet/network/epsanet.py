@@ -16,6 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from epsanet.network.psa import GROUPS, KERNEL_SIZES, REDUCTION, SoftmaxMode, SPCMode, psa_like
+from epsanet.network.shipped import pretrained_cfgs, shipped_folders
 
 __all__ = ["EPSABasicBlock", "EPSABlock", "EPSANet"]  # register_model adds the variants
 
@@ -162,24 +163,26 @@ def _tiny_cfg() -> dict[str, Any]:
     return _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "epsanet18": _cfg(),
-        "epsanet34": _cfg(),
-        "epsanet50_small": _cfg(),
-        "epsanet101_small": _cfg(),
-        "epsanet50_large": _cfg(),
-        "epsanet101_large": _cfg(),
-        "epsanet50_large_g32": _cfg(),
-        "epsanet101_large_g32": _cfg(),
-        "epsanet14_tiny": _tiny_cfg(),
-        "epsanet23_tiny_wide": _tiny_cfg(),
-        "epsanet26_tiny": _tiny_cfg(),
-        "epsanet38_tiny": _tiny_cfg(),
-        "epsanet26_tiny_x2": _tiny_cfg(),
-        "epsanet50_tiny_x2": _tiny_cfg(),
-    }
-)
+_CFGS = {
+    "epsanet18": _cfg(),
+    "epsanet34": _cfg(),
+    "epsanet50_small": _cfg(),
+    "epsanet101_small": _cfg(),
+    "epsanet50_large": _cfg(),
+    "epsanet101_large": _cfg(),
+    "epsanet50_large_g32": _cfg(),
+    "epsanet101_large_g32": _cfg(),
+    "epsanet14_tiny": _tiny_cfg(),
+    "epsanet23_tiny_wide": _tiny_cfg(),
+    "epsanet26_tiny": _tiny_cfg(),
+    "epsanet38_tiny": _tiny_cfg(),
+    "epsanet26_tiny_x2": _tiny_cfg(),
+    "epsanet50_tiny_x2": _tiny_cfg(),
+}
+# timm builds an architecture that is named without a tag by its default entry, and takes the first that has weights
+# for that. Weights for digits must not change the input size and classes of an architecture, so its own entry is
+# marked "*", timm's sign of the default: shipped weights are had by their full name only.
+default_cfgs = generate_default_cfgs({**pretrained_cfgs(), **{f"{name}.*": cfg for name, cfg in _CFGS.items()}})
 
 
 def _create_epsanet(variant: str, pretrained: bool, kwargs: dict[str, Any], **variant_args: Any) -> EPSANet:
@@ -189,6 +192,9 @@ def _create_epsanet(variant: str, pretrained: bool, kwargs: dict[str, Any], **va
     if pretrained:
         source = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if not source.has_weights:
+            tagged = [name for name in shipped_folders() if name.partition(".")[0] == variant]
+            if tagged:
+                raise ValueError(f"{variant} has no pretrained weights by that name alone; use {' or '.join(tagged)}")
             raise ValueError(
                 f"{variant} has no pretrained weights: its authors published none. Train it (epsanet train), convert "
                 "a checkpoint of the released code (epsanet convert), or name a model folder: "

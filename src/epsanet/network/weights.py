@@ -12,10 +12,7 @@ input of ``conv3``) are exchanged on the way in and out.
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +28,14 @@ from torch import Tensor
 
 from epsanet._files import atomic_file, atomic_folder
 from epsanet.network.epsanet import EPSABlock, EPSANet
+from epsanet.network.foreign import check_data_config, check_model_folder, check_tensors, read_checkpoint
+from epsanet.network.shipped import shipped_folders
 
 __all__ = [
     "LoadedModel",
     "convert",
     "create_model",
+    "find_model_folder",
     "from_released",
     "load_model",
     "load_released",
@@ -128,9 +128,9 @@ def load_model(source: str | Path) -> LoadedModel:
     """A network from wherever users have one.
 
     Args:
-        source: a model folder, a run folder of ``epsanet train``, a released checkpoint (``.pth``, ``.pth.tar``), a
-            Hugging Face Hub id (``hf-hub:user/name``), or a name with pretrained weights in timm
-            (``resnet50.a1_in1k``).
+        source: a model folder, a run folder of ``epsanet train``, a released checkpoint (``.pth``, ``.pth.tar``),
+            weights of this package (``epsanet14_tiny.digits``; ``epsanet models`` lists them), a Hugging Face Hub id
+            (``hf-hub:user/name``), or a name with pretrained weights in timm (``resnet50.a1_in1k``).
 
     Raises:
         ValueError: when there is nothing such, or it is damaged; one line that says which.
@@ -138,9 +138,9 @@ def load_model(source: str | Path) -> LoadedModel:
     path = Path(source)
     if path.is_file():
         return load_released(path)
-    for folder in (path, path / "model"):
-        if (folder / CONFIG_NAME).is_file():
-            return _load_folder(folder)
+    folder = find_model_folder(source)
+    if folder is not None:
+        return _load_folder(folder)
     if path.is_dir():
         raise ValueError(f"{path} is no model folder: it has no {CONFIG_NAME}; give the folder that training wrote")
     name = str(source)
@@ -148,23 +148,31 @@ def load_model(source: str | Path) -> LoadedModel:
         return _load_named(name)
     raise ValueError(
         f"there is no model {name!r}: no such file or folder, and no network of that name; give a model folder, a "
-        "checkpoint, hf-hub:USER/NAME, or a name of timm's with pretrained weights"
+        f"checkpoint, {', '.join(shipped_folders())}, hf-hub:USER/NAME, or a name of timm's with pretrained weights"
     )
 
 
+def find_model_folder(source: str | Path) -> Path | None:
+    """The model folder that a model folder, a run folder, or the name of shipped weights stands for, if it is one."""
+    path = Path(source)
+    folders = [path, path / "model", *(folder for name, folder in shipped_folders().items() if name == str(source))]
+    return next((folder for folder in folders if (folder / CONFIG_NAME).is_file()), None)
+
+
 def _load_folder(folder: Path) -> LoadedModel:
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        architecture = config["architecture"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME} is damaged ({_first_line(error)}); copy the folder again") from error
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise ValueError(f"{folder / CONFIG_NAME} names the network {architecture!r}, which is not known here")
-    if not (folder / WEIGHTS_NAME).is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS_NAME}; copy the folder again")
+    check_model_folder(folder)
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError, AssertionError, OSError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+        OSError,
+        MemoryError,
+    ) as error:
         raise ValueError(f"the model folder {folder} is damaged: {_first_line(error)}; copy it again") from error
     return _with_names(model, str(folder))
 
@@ -183,7 +191,7 @@ def _with_names(model: Any, source: str) -> LoadedModel:
         names = [names[key] for key in sorted(names, key=int)]
     if names is None:
         names = _default_names(model.num_classes)
-    if not isinstance(names, list | tuple):
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{source} has label_names that are no list of names; correct it in {CONFIG_NAME}")
     if len(names) != model.num_classes:
         raise ValueError(
@@ -191,9 +199,8 @@ def _with_names(model: Any, source: str) -> LoadedModel:
             f"correct label_names in {CONFIG_NAME}"
         )
     data_config = resolve_model_data_config(model)
-    for key in ("input_size", "mean", "std"):
-        if not all(isinstance(number, int | float) for number in data_config[key]):
-            raise ValueError(f"{source} has {key}={data_config[key]!r}, not numbers; correct it in {CONFIG_NAME}")
+    check_data_config(data_config, source)
+    check_tensors({}, model, source)
     return LoadedModel(model=model.eval(), class_names=list(names), data_config=data_config)
 
 
@@ -260,21 +267,7 @@ def load_released(path: str | Path) -> LoadedModel:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about unusual pickles; what matters comes as an error
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not re.search("global|reduce|class", str(error), re.IGNORECASE):
-            raise ValueError(f"{path} is no checkpoint that torch can read: it is no pickle of torch.save") from error
-        # torch's own message advises to switch the check off; it is not repeated.
-        raise ValueError(
-            f"{path} is refused: it holds more than tensors and plain values, so loading it could run code; "
-            "save its state_dict alone and try again"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        reason = f"it is cut short or no file of torch.save ({type(error).__name__})"
-        raise ValueError(f"{path} is no checkpoint that torch can read: {reason}") from error
+    content = read_checkpoint(path)
     found = content.get("state_dict", content) if isinstance(content, dict) else None
     if not (
         isinstance(found, dict)
@@ -284,6 +277,8 @@ def load_released(path: str | Path) -> LoadedModel:
         raise ValueError(f"{path} holds no state_dict; a checkpoint of the released EPSANet code has one")
     state_dict = from_released(found)
     variant, num_classes = _recognise(state_dict, path)
+    with torch.device("meta"):
+        check_tensors(state_dict, create_model(variant), path)
     model = create_model(variant, num_classes=num_classes, in_chans=state_dict["conv1.weight"].shape[1])
     model.load_state_dict(state_dict)
     return _with_names(model, str(path))

@@ -7,22 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import counted, duration
 from epsanet.tasks.scores import Evaluation
 
 __all__ = ["model_card"]
-
-_HEAD = """---
-library_name: timm
-pipeline_tag: image-classification
-tags:
-- image-classification
-- timm
-- epsanet
----
-"""
 
 _USE = """## Use
 
@@ -42,19 +33,21 @@ def model_card(
     parameters: int,
     class_names: Sequence[str],
     input_size: tuple[int, int, int],
+    licence: str | None,
     split: str,
     evaluation: Evaluation,
     epoch: int,
     seconds: float,
     hardware: str,
 ) -> str:
-    """Markdown with the Hub's metadata.
+    """Markdown under the Hub's metadata, which hold the result for programs to read.
 
     Args:
         config: of the run.
         parameters: of the network.
         class_names: of the network.
         input_size: channels, height, width in pixels.
+        licence: of the network, as the Hub abbreviates it.
         split: that was evaluated, test or val.
         evaluation: the result on it.
         epoch: whose weights these are.
@@ -69,7 +62,11 @@ def model_card(
         f"| {split} | {evaluation.images:,} | {evaluation.top1:.2f} | {low:.2f} to {high:.2f} "
         f"| {evaluation.top5:.2f} | {evaluation.loss:.4f} |"
     )
-    return f"""{_HEAD}# {config.model} trained on {data}
+    metadata = _metadata(config, licence, split, evaluation)
+    return f"""---
+{metadata}
+---
+# {config.model} trained on {data}
 
 {config.model}, {parameters:,} parameters, for images of {input_size[1]}×{input_size[2]} pixels and {len(class_names)}
 classes: {names}.
@@ -91,3 +88,28 @@ batch {config.data.batch_size}, label smoothing {config.label_smoothing:g}, seed
 
 EPSANet is by Zhang, Zu, Lu, Zou and Meng, ACCV 2022, arXiv:2105.14447.
 """
+
+
+def _metadata(config: TrainConfig, licence: str | None, split: str, evaluation: Evaluation) -> str:
+    """The Hub's metadata in YAML; a data set is named as such where it is one of the Hub's."""
+    source = config.data.source
+    name = Path(source).name
+    result = EvalResult(
+        task_type="image-classification",
+        dataset_type=source.removeprefix("hfds/") if source.startswith("hfds/") else name,
+        dataset_name=name,
+        dataset_split=split,
+        metric_type="accuracy",
+        metric_name="top-1",
+        metric_value=evaluation.correct / evaluation.images,
+    )
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "epsanet"],
+        license=licence,
+        datasets=[source.removeprefix("hfds/")] if source.startswith("hfds/") else None,
+        metrics=["accuracy"],
+        model_name=config.model,
+        eval_results=[result],
+    ).to_yaml()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -16,6 +17,8 @@ __all__ = ["console", "counted", "duration", "messages", "progress_bar", "quiet_
 
 _PLAIN_WIDTH = 160
 """Characters of a line where there is no terminal to ask."""
+_SECONDS_A_LINE = 60
+"""Between two lines of progress where there is no terminal for a bar."""
 
 console = Console(soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 """Results."""
@@ -45,9 +48,20 @@ def progress_bar() -> Progress:
 
 
 def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
-    """Iterate under a bar."""
+    """Iterate under a bar; where there is no terminal, a line a minute says the same."""
     with progress_bar() as bar:
-        yield from bar.track(items, total=total, description=title)
+        tracked = bar.track(items, total=total, description=title)
+        yield from tracked if not bar.disable else _told(items, total, title)
+
+
+def _told(items: Iterable[T], total: int, title: str) -> Iterator[T]:
+    start = said = time.monotonic()
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said >= _SECONDS_A_LINE:
+            said, remaining = now, (now - start) / count * (total - count)
+            messages.print(f"{title}: {count:,} of {total:,}, remaining {duration(remaining)}")
 
 
 def counted(number: int, name: str) -> str:

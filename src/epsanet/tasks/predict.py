@@ -27,6 +27,8 @@ from epsanet.tasks.scores import probabilities
 __all__ = ["Prediction", "find_images", "predict", "write_predictions"]
 
 OUTPUT_SUFFIXES = (".csv", ".json", ".parquet")
+PARQUET_ROWS = 1024
+"""Rows of a row group of Parquet: what is kept in memory before it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,28 +116,46 @@ def predict(
     Raises:
         ValueError: for a model, device, folder or pattern that is not there.
     """
-    if topk < 1 or batch_size < 1 or workers < 0:
-        raise ValueError(f"topk={topk} and batch_size={batch_size} must be 1 or more, workers={workers} 0 or more")
+    check_numbers(topk, batch_size, workers)
     place = resolve_device(device)
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     paths = find_images(images)
-    return _predict(loaded, paths, min(topk, len(loaded.class_names)), batch_size, workers, place, note)
+    positions = range(len(paths))
+    batches = [positions[first : first + batch_size] for first in range(0, len(paths), batch_size)]
+    return predict_batches(loaded, paths, batches, min(topk, len(loaded.class_names)), workers, place, note)
 
 
-def _predict(
+def check_numbers(topk: int, batch_size: int, workers: int) -> None:
+    """Raise a ``ValueError`` for numbers that make no sense."""
+    if topk < 1 or batch_size < 1 or workers < 0:
+        raise ValueError(f"topk={topk} and batch_size={batch_size} must be 1 or more, workers={workers} 0 or more")
+
+
+def predict_batches(
     loaded: LoadedModel,
     paths: list[str],
+    batches: list[range],
     topk: int,
-    batch_size: int,
     workers: int,
     device: torch.device,
     note: Callable[[str], None],
 ) -> Iterator[Prediction]:
+    """Predictions of the images at the positions of each batch.
+
+    Args:
+        loaded: the model.
+        paths: of all images.
+        batches: positions in ``paths``.
+        topk: classes to give, at most the model's number.
+        workers: processes that read images.
+        device: where.
+        note: told what the user should know: that the network was optimised.
+    """
     network = inference_network(loaded.model.eval(), loaded.data_config["input_size"], device, note=note)
     network = network.to(device).to(memory_format=torch.channels_last)
     loader = DataLoader(
         _Files(paths, evaluation_transform(loaded.data_config)),
-        batch_size=batch_size,
+        batch_sampler=batches,  # type: ignore[arg-type]  # ranges are lists enough
         num_workers=workers,
         collate_fn=_collate,
     )
@@ -220,12 +240,13 @@ def _write_parquet(path: Path, predictions: Iterable[Prediction], topk: int) -> 
     for place in range(1, topk + 1):
         types |= {f"class_{place}": pyarrow.string(), f"probability_{place}": pyarrow.float32()}
     schema = pyarrow.schema(list(types.items()))
-    with atomic_file(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+    with atomic_file(path) as temporary, parquet.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
         waiting: list[dict[str, str | float | None]] = []
         for prediction in predictions:
             waiting.append(_row(prediction, topk))
-            if len(waiting) == 1000:
+            if len(waiting) == PARQUET_ROWS:
                 writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
                 waiting = []
             yield prediction
-        writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
+        if waiting:
+            writer.write_table(pyarrow.Table.from_pylist(waiting, schema))

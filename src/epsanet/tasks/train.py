@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from epsanet._files import atomic_file
 from epsanet.data.loaders import TrainLoader, evaluation_loader, train_loader
+from epsanet.network.foreign import reason_without_advice
 from epsanet.network.weights import load_model, save_model
 from epsanet.tasks.callbacks import (
     AtomicCheckpointIO,
@@ -90,9 +91,11 @@ def _read_checkpoint(folder: Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = AtomicCheckpointIO().load_checkpoint(path)
         if not {"state_dict", "optimizer_states", "loops", "callbacks"} <= checkpoint.keys():
             raise ValueError("it is no training checkpoint")
+        if any("hyper_parameters" in key for key in checkpoint):  # Lightning can be made to call what they name
+            raise ValueError("it holds hyper-parameters, which no training of epsanet writes")
     except Exception as error:  # torch raises what unpickling meets
         best = path.with_name("best.ckpt")
-        reason = next(iter(str(error).splitlines()), "it is empty")
+        reason = reason_without_advice(error)
         hint = f"; {best.name} beside it may be sound: copy it over {path.name}" if best.is_file() else ""
         raise ValueError(f"{path} is damaged: {reason}{hint}") from error
     return checkpoint
@@ -188,6 +191,7 @@ def _finish(run: Run, history: History) -> TrainResult:
         parameters=sum(parameter.numel() for parameter in run.model.parameters()),
         class_names=run.splits.class_names,
         input_size=run.data_config["input_size"],
+        licence=run.model.pretrained_cfg.get("license"),
         split=split,
         evaluation=evaluation,
         epoch=best["epoch"] + 1,

@@ -1,0 +1,7 @@
+"""``python -m epsanet``, and ``torchrun -m epsanet``."""
+
+import sys
+
+from epsanet.cli import main
+
+sys.exit(main())
