@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+_SECONDS_OF_STARTING = 10
+"""Waiting for less than this says nothing: loader processes have to be started."""
+
+
 class TrainingInterrupted(Exception):  # noqa: N818 - no error: the user asked for it
     """Training stopped on request, after saving."""
 
@@ -199,7 +203,8 @@ class Reporter(Callback):
             f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:6.2f} %  "
             f"remaining {duration(left)}"
         )
-        if row["data_wait"] > MUCH_WAITING and not self._advised:
+        loader: Any = trainer.train_dataloader
+        if row["data_wait"] > MUCH_WAITING and loader.waited > _SECONDS_OF_STARTING and not self._advised:
             self._advised = True
             assert isinstance(pl_module, Classifier)
             assert pl_module.config is not None
