@@ -129,6 +129,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self._started = time.monotonic()
+        self._epoch_started = self._stepped = time.perf_counter()  # a resumed epoch has no start of its own
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self._epoch_started = self._stepped = time.perf_counter()
