@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -312,7 +313,7 @@ def _shard(values: dict[str, Any]) -> int:
         messages.print(f"skipped {name}: {reason}", style="yellow")
     for split, files in report.shards.items():
         console.print(f"{split}: {counted(sum(files.values()), 'image')} in {counted(len(files), 'shard')}")
-    console.print(f"\ntrain  epsanet train folder --data wds/{values['destination']}")
+    console.print(f"\ntrain  epsanet train folder --data {shlex.quote('wds/' + values['destination'])}")
     return 0
 
 

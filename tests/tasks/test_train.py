@@ -387,9 +387,9 @@ def test_a_run_says_what_share_of_a_step_waits_for_images_and_what_to_do(
     # Four images of 3 s, then a step of 4 s.
     assert [row["data_wait"] for row in metrics(result.run)] == [0.75, 0.75]
     printed = capsys.readouterr().out
-    advice = "75% of the time of a step is spent waiting for images; more loader processes may help: --data.workers 6"
+    advice = "75 % of the time of a step is spent waiting for images; more loader processes may help: --data.workers 6"
     assert printed.count(advice) == 1
-    assert re.search(r"training took \d+ s, 75% of its steps' time waiting for images; the model is in", printed)
+    assert re.search(r"training took \d+ s, 75 % of its steps' time waiting for images; the model is in", printed)
     assert "6 cores cannot load faster" in data_advice(0.5, DataConfig(workers=6))
 
 

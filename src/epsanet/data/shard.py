@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tarfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -78,8 +79,8 @@ def write_shards(
         splits = {"train": splits["all"]}
     report = ShardReport(class_names=class_names)
     with atomic_folder(destination) as folder:
-        for name in progress(_pack(folder, splits, shard_size, on_bad_image, report), sum(map(len, splits.values()))):
-            del name  # what is done with it is up to the wrapper
+        names = _pack(folder, splits, shard_size, on_bad_image, report)
+        deque(progress(names, sum(map(len, splits.values()))), maxlen=0)
         entries = {split: _entry(split, files) for split, files in report.shards.items()}
         info = {"class_names": class_names, "splits": entries}
         (folder / "info.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -96,31 +97,42 @@ def _pack(
     folder: Path, splits: dict[str, Samples], shard_size: int, on_bad_image: str, report: ShardReport
 ) -> Iterator[str]:
     """Write the shards; names the images as it goes."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for split, samples in splits.items():
-            order = np.random.default_rng(SPLIT_SEED).permutation(len(samples))
-            parts = np.array_split(order, -(-len(samples) // shard_size))
-            report.shards[split] = {}
-            for number, part in enumerate(parts):
-                file = f"{split}-{number:0{max(4, len(str(len(parts) - 1)))}}.tar"
-                packed = 0
-                with tarfile.open(folder / file, "w") as tar:
-                    # A shard at a time, because decoding runs ahead of writing.
-                    for position, content in zip(
-                        part.tolist(), pool.map(partial(_content, samples), part), strict=True
-                    ):
-                        name = samples.name(position)
-                        if isinstance(content, str):
-                            if on_bad_image == "raise":
-                                raise ValueError(f"{name}: {content}; mend or remove it, or use --on_bad_image=skip")
-                            report.bad[name] = content
-                        else:
-                            _add(tar, f"{number:04}{packed:06}_{_plain(name)}", content, int(samples.labels[position]))
-                            packed += 1
-                        yield name
-                report.shards[split] |= {file: packed} if packed else {}
-            if not report.shards[split]:
-                raise ValueError(f"the {split} split has no readable image; {len(samples):,} were tried")
+    for split, samples in splits.items():
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(samples)).tolist()
+        count = -(-len(samples) // shard_size)
+        report.shards[split] = {}
+        for number in range(count):
+            file = f"{split}-{number:0{max(4, len(str(count - 1)))}}.tar"
+            report.shards[split][file] = 0
+            part = order[number * len(order) // count : (number + 1) * len(order) // count]
+            for name, bad in _pack_shard(folder / file, samples, part, number):
+                if bad and on_bad_image == "raise":
+                    raise ValueError(f"{name}: {bad}; mend or remove it, or use --on_bad_image=skip")
+                if bad:
+                    report.bad[name] = bad
+                else:
+                    report.shards[split][file] += 1
+                yield name
+            if not report.shards[split][file]:
+                del report.shards[split][file]
+                (folder / file).unlink()
+        if not report.shards[split]:
+            raise ValueError(f"the {split} split has no readable image; {len(samples):,} were tried")
+
+
+def _pack_shard(path: Path, samples: Samples, positions: list[int], number: int) -> Iterator[tuple[str, str]]:
+    """Write one shard; the name of each image, and why it was left out."""
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    try:
+        with tarfile.open(path, "w") as tar:
+            contents = pool.map(partial(_content, samples), positions)
+            for place, (position, content) in enumerate(zip(positions, contents, strict=True)):
+                name = samples.name(position)
+                if not isinstance(content, str):
+                    _add(tar, f"{number:04}{place:06}_{_plain(name)}", content, int(samples.labels[position]))
+                yield name, content if isinstance(content, str) else ""
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not decode the rest
 
 
 def _content(samples: Samples, position: int) -> tuple[str, bytes] | str:

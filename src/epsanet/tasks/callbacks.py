@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+_SECONDS_OF_STARTING = 10
+"""Waiting for less than this says nothing: loader processes have to be started."""
+
+
 class TrainingInterrupted(Exception):  # noqa: N818 - no error: the user asked for it
     """Training stopped on request, after saving."""
 
@@ -125,6 +129,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self._started = time.monotonic()
+        self._epoch_started = self._stepped = time.perf_counter()  # a resumed epoch has no start of its own
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self._epoch_started = self._stepped = time.perf_counter()
@@ -199,7 +204,8 @@ class Reporter(Callback):
             f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:6.2f} %  "
             f"remaining {duration(left)}"
         )
-        if row["data_wait"] > MUCH_WAITING and not self._advised:
+        loader: Any = trainer.train_dataloader
+        if row["data_wait"] > MUCH_WAITING and loader.waited > _SECONDS_OF_STARTING and not self._advised:
             self._advised = True
             assert isinstance(pl_module, Classifier)
             assert pl_module.config is not None

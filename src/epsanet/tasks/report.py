@@ -66,7 +66,7 @@ def data_advice(share: float, data: DataConfig) -> str:
         advice = f"more loader processes may help: --data.workers {cores}"
     else:
         advice = f"{counted(cores, 'core')} cannot load faster; images stored at about the input size decode faster"
-    return f"{share:.0%} of the time of a step is spent waiting for images; {advice}"
+    return f"{100 * share:.0f} % of the time of a step is spent waiting for images; {advice}"
 
 
 def has_tensorboard() -> bool:

@@ -201,7 +201,7 @@ def _finish(run: Run, history: History) -> TrainResult:
     save_model(folder, run.model, run.splits.class_names, run.data_config, card)
     load_model(folder)  # what was written can be read
     console.print(f"\n{split} {evaluation} with the best checkpoint, of epoch {best['epoch'] + 1}", style="bold")
-    waited = f"{history.data_wait:.0%} of its steps' time waiting for images"
+    waited = f"{100 * history.data_wait:.0f} % of its steps' time waiting for images"
     console.print(f"training took {duration(history.seconds)}, {waited}; the model is in {shown(folder)}\n")
     console.print(next_commands(run, folder, split))
     return TrainResult(run=run.folder, model=folder, split=split, evaluation=evaluation)
