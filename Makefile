@@ -45,7 +45,7 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.ready
-	$(PIP) --editable '.[bench]'
+	$(PIP) --editable '.[deploy]'
 	$(BIN)/python benchmarks/speed.py
 
 clean:

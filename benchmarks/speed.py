@@ -209,7 +209,7 @@ def engines(name: str, model: nn.Module, x: Tensor, compiled: bool) -> dict[str,
         ("OpenVINO", "openvino", openvino_engine),
     ):
         if importlib.util.find_spec(module) is None or importlib.util.find_spec("onnxscript") is None:
-            print(f"{engine} is skipped: pip install 'epsanet[bench]'")
+            print(f"{engine} is skipped: pip install 'epsanet[deploy]'")
         else:
             found[f"{name} {engine}"] = make(model, x)
     return found

@@ -19,10 +19,13 @@ _HELP = {
     "evaluate": "accuracy of a model on a data set",
     "predict": "class names and probabilities of images",
     "shard": "pack an image folder into WebDataset shards",
+    "export": "a network for ONNX Runtime, OpenVINO or torch.export, checked on real images",
+    "explain": "what a network looks at in images: Grad-CAM, and the scale each block listens to",
     "models": "the networks, their cost, the published figures beside, and the weights in this package",
     "convert": "released checkpoint to model folder, or back",
     "publish": "a model folder to the Hugging Face Hub",
 }
+_MODEL_HELP = "Model or run folder, checkpoint, hf-hub:USER/NAME, or name in timm."
 _EXIT_USER, _EXIT_INTERRUPTED = 2, 130
 
 
@@ -80,6 +83,8 @@ def _run(words: list[str]) -> int:
         commands.add_subcommand(name, sub, help=text)
     if chosen == "train":
         words = _recipe_as_config(words)
+    if chosen == "explain":
+        words = _flags_last(words)
     try:
         namespace = parser.parse_args(words)
         values = parser.instantiate(namespace)
@@ -104,6 +109,22 @@ def _describe_data(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+def _flags_last(words: list[str]) -> list[str]:
+    """Model and images before the flags: argparse takes no images after a flag where there may be none at all.
+
+    Every flag here but ``--help`` has a value.
+    """
+    names, flags, waiting = [], [], iter(words)
+    for word in waiting:
+        if not word.startswith("-"):
+            names.append(word)
+            continue
+        flags.append(word)
+        if "=" not in word and word not in ("-h", "--help"):
+            flags.extend(value for value in [next(waiting, None)] if value is not None)
+    return names + flags
+
+
 def _train_parser() -> ArgumentParser:
     from epsanet.tasks.config import recipe_names, train_parser
 
@@ -119,7 +140,9 @@ def _data_parser() -> ArgumentParser:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("model", type=str, help="Model or run folder, checkpoint, hf-hub:USER/NAME, or name in timm.")
+    parser.add_argument(
+        "model", type=str, help="Model, run or bundle folder, checkpoint, hf-hub:USER/NAME, or name in timm."
+    )
     parser.add_class_arguments(DataConfig, "data")
     return _describe_data(parser)
 
@@ -136,7 +159,7 @@ def _predict_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("model", type=str, help="Model or run folder, checkpoint, hf-hub:USER/NAME, or name in timm.")
+    parser.add_argument("model", type=str, help=f"{_MODEL_HELP[:-1]}, or an exported bundle.")
     parser.add_argument("images", type=str, nargs="+", help="Files, folders or glob patterns.")
     parser.add_argument("--output", type=str | None, default=None, help="Write x.csv, x.json or x.parquet instead.")
     parser.add_argument("--topk", type=int, default=5, help="Classes an image.")
@@ -157,6 +180,43 @@ def _shard_parser() -> ArgumentParser:
         "--on_bad_image", type=Literal["skip", "raise"], default="skip", help="Leave damaged images out, or stop."
     )
     return parser
+
+
+def _export_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from epsanet.deploy.config import ExportConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("model", type=str, help=_MODEL_HELP)
+    parser.add_class_arguments(ExportConfig, skip={"int8", "tune"})
+    parser.add_argument("--int8", action="store_true", help="Quantise to eight bits; needs --calibrate.")
+    parser.add_argument(
+        "--tune", action="store_true", help="Measure which form of each grouped convolution is fastest here."
+    )
+    parser.add_argument(
+        "-o", "--output", type=str | None, default=None, help="Folder to write; ARCHITECTURE-FORMAT if left out."
+    )
+    return parser
+
+
+def _explain_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from epsanet.data.config import DataConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("model", type=str, help=_MODEL_HELP)
+    parser.add_argument("images", type=str, nargs="*", help="Files, folders or glob patterns: a picture of each.")
+    parser.add_argument("-o", "--output", type=str, default="explained", help="Folder to write.")
+    parser.add_argument("--topk", type=int, default=5, help="Classes to show.")
+    parser.add_argument("--layer", type=str | None, default=None, help="For Grad-CAM; a fitting one if left out.")
+    parser.add_argument("--split", type=str | None, default=None, help="Of --data; test or val if left out.")
+    parser.add_class_arguments(DataConfig, "data")
+    parser.set_defaults({"data.source": ""})
+    return _describe_data(parser)
 
 
 def _models_parser() -> ArgumentParser:
@@ -317,6 +377,63 @@ def _shard(values: dict[str, Any]) -> int:
     return 0
 
 
+def _export(values: dict[str, Any]) -> int:
+    from epsanet.deploy.config import ExportConfig
+    from epsanet.deploy.export import export
+    from epsanet.network.weights import load_model
+    from epsanet.tasks.console import console, messages, track
+
+    output, source = values.pop("output"), values.pop("model")
+    config = ExportConfig(**values)
+    loaded = load_model(source)
+    if output is None:
+        output = f"{loaded.architecture}-{config.format}{'-int8' if config.int8 else ''}"
+    result = export(
+        loaded,
+        output,
+        config,
+        progress=track,
+        note=messages.print,
+    )
+    for batch, (before, after) in result.milliseconds.items():
+        console.print(f"batch {batch}: {before:.2f} ms an image as it is, {after:.2f} ms tuned")
+    if config.tune:
+        console.print(f"tuned: {len(result.forms)} PSA modules take another form")
+    console.print(str(result.agreement))
+    sizes = "any number and size of images" if result.dynamic_size else "any number of images, of one size"
+    console.print(f"{result.folder}: {result.bytes / 1e6:.2f} MB, {sizes}")
+    console.print(f"predict   epsanet predict {shlex.quote(str(output))} IMAGES")
+    return 0
+
+
+def _explain(values: dict[str, Any]) -> int:
+    from epsanet.insight.explain import explain, explain_data, save_explanations
+    from epsanet.network.weights import load_model
+    from epsanet.tasks.console import messages, track
+    from epsanet.tasks.predict import find_images
+
+    data, folder = values["data"], values["output"]
+    if not values["images"] and not data.source:
+        raise ValueError("nothing to explain; name images, or a data set with --data")
+    paths = find_images(values["images"])
+    loaded = load_model(values["model"])
+    failed = 0
+    if paths:
+        found = explain(loaded, paths, topk=values["topk"], layer=values["layer"])
+        for explanation, place in track(save_explanations(folder, found), len(paths), "explaining"):
+            failed += bool(explanation.error)
+            if explanation.error:
+                print(f"{explanation.image}: {explanation.error}")
+            else:
+                print(f"{place}  {explanation.classes[0]} {explanation.probabilities[0]:.1%}")
+        if failed:
+            messages.print(f"{failed:,} of {len(paths):,} images could not be read")
+    if data.source:
+        explain_data(loaded, data, folder, split=values["split"], progress=track)
+        print(f"{folder}/scales.csv and scales.png: the scales that each block prefers, by class")
+    return _EXIT_USER if paths and failed == len(paths) else 0
+
+
 def _models(values: dict[str, Any]) -> int:
     from rich import box
     from rich.table import Table
@@ -400,6 +517,8 @@ _PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "evaluate": _evaluate_parser,
     "predict": _predict_parser,
     "shard": _shard_parser,
+    "export": _export_parser,
+    "explain": _explain_parser,
     "models": _models_parser,
     "convert": _convert_parser,
     "publish": _publish_parser,
@@ -409,6 +528,8 @@ _COMMANDS: dict[str, Callable[[dict[str, Any]], int]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "shard": _shard,
+    "export": _export,
+    "explain": _explain,
     "models": _models,
     "convert": _convert,
     "publish": _publish,

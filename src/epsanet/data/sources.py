@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from epsanet._optional import require
 from epsanet.data.config import DataConfig
 from epsanet.data.samples import (
     DigitsSamples,
@@ -52,14 +53,6 @@ class DataSplits:
     def class_names(self) -> list[str]:
         """Those of the training split."""
         return self.train.class_names
-
-
-def require(module: str, extra: str) -> None:
-    """Raise a ``ValueError`` with the line to install when an optional library is missing."""
-    import importlib.util
-
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(f"this needs {module}, which is not installed; pip install 'epsanet[{extra}]'")
 
 
 def open_data(config: DataConfig) -> DataSplits:
@@ -108,7 +101,7 @@ def open_data(config: DataConfig) -> DataSplits:
 
 
 def open_split(
-    config: DataConfig, split: str | None, class_names: list[str]
+    config: DataConfig, split: str | None, class_names: list[str] | None
 ) -> tuple[Samples | Stream, str, list[str]]:
     """Open one split for evaluation, its labels matched by name to the classes of a network.
 
@@ -116,7 +109,7 @@ def open_split(
         config: its ``source`` and the fields about splits.
         split: train, val, test, or another name of the data set; test if there is one, else val, when left out.
             Where there is no validation split, val is the share of the training images that ``open_data`` sets aside.
-        class_names: of the network.
+        class_names: of the network; labels stay those of the data set when None.
 
     Returns:
         The split, its name, and notes for the user.
@@ -143,7 +136,8 @@ def open_split(
             split = next((name for name in names if name in found), split)
     if split not in found:
         raise ValueError(f"{config.source} has no split {split!r} but {', '.join(found)}; choose one with --split")
-    return _matched(found[split], class_names, split, notes), split, notes
+    opened = found[split]
+    return opened if class_names is None else _matched(opened, class_names, split, notes), split, notes
 
 
 def open_splits(config: DataConfig) -> tuple[dict[str, Samples | Stream], list[str]]:

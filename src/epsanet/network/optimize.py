@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from epsanet import kernels
+from epsanet.network.graph import Rewriter, Tracer, fold_norms, foldable, scale_and_shift
 from epsanet.network.psa import PSA
 
 __all__ = ["OptimizedNetwork", "optimize"]
@@ -69,7 +68,7 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
     with torch.no_grad():
         expected = frozen(example_input)
     try:
-        network = _fuse(_Tracer().trace_module(frozen), example_input, fuse_convolutions=not compile)
+        network = _fuse(Tracer().trace_module(frozen), example_input, fuse_convolutions=not compile)
     except (fx.proxy.TraceError, TypeError, NotImplementedError):
         network = frozen  # control flow that depends on data cannot be traced
     network = network.to(memory_format=torch.channels_last)
@@ -108,7 +107,7 @@ class _Attention(nn.Module):
             bias = fc.bias if fc.bias is not None else torch.zeros(fc.out_channels)
             self.register_buffer(f"{name}_weight", fc.weight.detach().flatten(1).contiguous())
             self.register_buffer(f"{name}_bias", bias.detach().contiguous())
-        scale, shift = _scale_and_shift(norm, out_channels)
+        scale, shift = scale_and_shift(norm, out_channels)
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
@@ -140,21 +139,6 @@ class _Attention(nn.Module):
             self.ordered,
         )
         return y
-
-
-def _scale_and_shift(norm: nn.BatchNorm2d | None, channels: int) -> tuple[Tensor, Tensor]:
-    if norm is None:
-        return torch.ones(channels), torch.zeros(channels)
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None  # _foldable
-    assert variance is not None
-    scale = torch.rsqrt(variance.double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return scale.float().detach(), shift.float().detach()
 
 
 class _FusedConvolution(nn.Module):
@@ -202,53 +186,13 @@ def _fused(conv: nn.Conv2d, relu: bool) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------- graph
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PSA) or super().is_leaf_module(m, module_qualified_name)
-
-    def trace_module(self, model: nn.Module) -> fx.GraphModule:
-        return fx.GraphModule(model, self.trace(model))
-
-
-class _Rewriter:
-    """Looks at a traced network and replaces its layers."""
-
-    def __init__(self, network: fx.GraphModule) -> None:
-        self.network = network
-        self.layers: dict[str, nn.Module] = dict(network.named_modules())
-
-    def layer(self, node: Any) -> nn.Module | None:
-        return self.layers[str(node.target)] if isinstance(node, fx.Node) and node.op == "call_module" else None
-
-    def replace(self, node: fx.Node, layer: nn.Module) -> None:
-        parent, _, name = str(node.target).rpartition(".")
-        setattr(self.layers[parent], name, layer)
-        self.layers[str(node.target)] = layer
-
-    def drop(self, node: fx.Node) -> None:
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-        self.network.graph.erase_node(node)
-
-    def only_user(self, node: fx.Node) -> fx.Node | None:
-        """The one place that uses a layer's result, when the layer is not called twice."""
-        calls = sum(other.op == "call_module" and other.target == node.target for other in self.network.graph.nodes)
-        return next(iter(node.users)) if len(node.users) == 1 and calls == 1 else None
-
-    def nodes(self, kind: type[nn.Module]) -> list[fx.Node]:
-        return [node for node in self.network.graph.nodes if isinstance(self.layer(node), kind)]
-
-
-def _foldable(norm: nn.Module | None) -> bool:
-    return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
-
-
 def _fuse(network: fx.GraphModule, example_input: Tensor, fuse_convolutions: bool) -> nn.Module:
     with torch.no_grad():
         ShapeProp(network).propagate(example_input)
-    rewriter = _Rewriter(network)
+    rewriter = Rewriter(network)
     for node in [*rewriter.nodes(nn.Identity), *rewriter.nodes(nn.Dropout)]:
         rewriter.drop(node)
-    _fold_norms(rewriter)
+    fold_norms(rewriter)
     _fuse_attention(rewriter)
     if fuse_convolutions and torch.backends.mkldnn.is_available():
         _fuse_residuals(rewriter)
@@ -258,16 +202,7 @@ def _fuse(network: fx.GraphModule, example_input: Tensor, fuse_convolutions: boo
     return network
 
 
-def _fold_norms(rewriter: _Rewriter) -> None:
-    for node in rewriter.nodes(nn.BatchNorm2d):
-        before, norm = node.args[0], rewriter.layer(node)
-        conv = rewriter.layer(before)
-        if type(conv) is nn.Conv2d and _foldable(norm) and rewriter.only_user(before) is node:  # type: ignore[arg-type]
-            rewriter.replace(before, fuse_conv_bn_eval(conv, norm))  # type: ignore[arg-type]
-            rewriter.drop(node)
-
-
-def _fuse_attention(rewriter: _Rewriter) -> None:
+def _fuse_attention(rewriter: Rewriter) -> None:
     for node in rewriter.nodes(PSA):
         psa = rewriter.layer(node)
         assert isinstance(psa, PSA)
@@ -286,7 +221,7 @@ def _fuse_attention(rewriter: _Rewriter) -> None:
             continue
         norm = relu = None
         after = rewriter.only_user(node)
-        if after is not None and _foldable(rewriter.layer(after)):
+        if after is not None and foldable(rewriter.layer(after)):
             norm = rewriter.layer(after)
             rewriter.drop(after)
             after = rewriter.only_user(node)
@@ -298,7 +233,7 @@ def _fuse_attention(rewriter: _Rewriter) -> None:
         _fold_order(rewriter, node, attention)
 
 
-def _fold_order(rewriter: _Rewriter, node: fx.Node, attention: _Attention) -> None:
+def _fold_order(rewriter: Rewriter, node: fx.Node, attention: _Attention) -> None:
     """Let the convolutions on both sides write and read the lane order, where they are the only ones concerned."""
     before = node.args[0]
     while isinstance(rewriter.layer(before), nn.ReLU) and len(before.users) == 1:  # type: ignore[union-attr]
@@ -321,7 +256,7 @@ def _same_shape(first: fx.Node, second: fx.Node) -> bool:
     return bool(first.meta["tensor_meta"].shape == second.meta["tensor_meta"].shape)
 
 
-def _fuse_residuals(rewriter: _Rewriter) -> None:
+def _fuse_residuals(rewriter: Rewriter) -> None:
     """Give convolutions the sum and the ReLU that follow them."""
     additions = (operator.add, operator.iadd, torch.add)
     for node in rewriter.nodes(nn.Conv2d):

@@ -27,6 +27,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from epsanet._files import atomic_file, atomic_folder
+from epsanet.network.bundle import BUNDLE_NAME, NETWORK_NAMES, read_bundle
 from epsanet.network.epsanet import EPSABlock, EPSANet
 from epsanet.network.foreign import check_data_config, check_model_folder, check_tensors, read_checkpoint
 from epsanet.network.shipped import shipped_folders
@@ -68,6 +69,11 @@ class LoadedModel:
     """One name a class, in the order of the outputs."""
     data_config: dict[str, Any] = field(default_factory=dict)
     """timm's preprocessing: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``."""
+
+    @property
+    def architecture(self) -> str:
+        """timm's name of the network."""
+        return str(self.model.pretrained_cfg["architecture"])
 
 
 def create_model(name: str, **model_args: Any) -> Any:
@@ -128,14 +134,22 @@ def load_model(source: str | Path) -> LoadedModel:
     """A network from wherever users have one.
 
     Args:
-        source: a model folder, a run folder of ``epsanet train``, a released checkpoint (``.pth``, ``.pth.tar``),
-            weights of this package (``epsanet14_tiny.digits``; ``epsanet models`` lists them), a Hugging Face Hub id
-            (``hf-hub:user/name``), or a name with pretrained weights in timm (``resnet50.a1_in1k``).
+        source: a model folder, a run folder of ``epsanet train``, a bundle of ``epsanet export``, a released checkpoint
+            (``.pth``, ``.pth.tar``), weights of this package (``epsanet14_tiny.digits``; ``epsanet models`` lists
+            them), a Hugging Face Hub id (``hf-hub:user/name``), or a name with pretrained weights in timm
+            (``resnet50.a1_in1k``).
 
     Raises:
         ValueError: when there is nothing such, or it is damaged; one line that says which.
     """
     path = Path(source)
+    if path.name in NETWORK_NAMES.values() and (path.parent / BUNDLE_NAME).is_file():
+        path = path.parent
+    if (path / BUNDLE_NAME).is_file():
+        network, description = read_bundle(path)
+        return LoadedModel(
+            model=network, class_names=description["label_names"], data_config=description["data_config"]
+        )
     if path.is_file():
         return load_released(path)
     folder = find_model_folder(source)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from epsanet.kernels import choice
+from epsanet.network.bundle import RuntimeNetwork
 from epsanet.network.optimize import optimize
 
 __all__ = ["inference_network"]
@@ -22,7 +23,7 @@ def inference_network(
 ) -> nn.Module:
     """The network with the same logits, to 1e-4, that runs fastest: ``epsanet.optimize`` of it on a CPU in float32.
 
-    Where the reference kernels are asked for (``epsanet.kernels.use``), the network stays as it is.
+    Where the reference kernels are asked for (``epsanet.kernels.use``), the network stays as it is, as does a bundle's.
 
     Args:
         model: the network, in float32.
@@ -31,6 +32,8 @@ def inference_network(
         precision: Lightning's name of the arithmetic.
         note: told what was done, or why not.
     """
+    if isinstance(model, RuntimeNetwork):  # of an exported bundle
+        return model
     if device.type != "cpu" or precision != "32-true" or choice.chosen() == "reference":
         return model
     example = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,213 @@
+"""Bundles: an exported network with its preprocessing and class names, run by the runtime that its format needs.
+
+A **bundle** is a folder of ``bundle.json`` and one network, ``network.onnx``, ``network.xml`` with ``network.bin``, or
+``network.pt2``; ``epsanet export`` writes it and ``load_model`` reads it. It may come from anywhere:
+``bundle_checks`` looks at it before a runtime does. Runtimes run on the CPU, in float32 (and int8 where the network
+has it).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epsanet._optional import require, without_telemetry
+from epsanet.network import bundle_checks
+from epsanet.network.bundle_checks import first_line
+
+__all__ = ["BUNDLE_NAME", "NETWORK_NAMES", "RuntimeNetwork", "open_runtime", "read_bundle"]
+
+BUNDLE_NAME = "bundle.json"
+NETWORK_NAMES = {"onnx": "network.onnx", "openvino": "network.xml", "pt2": "network.pt2"}
+"""Formats, and the file that holds the network in each."""
+_KEYS = ("format", "architecture", "int8", "dynamic_size", "label_names", "data_config")
+
+
+class RuntimeNetwork(nn.Module):
+    """A network in another runtime that looks like a module: images in, logits out, no gradients, on the CPU.
+
+    Args:
+        run: gives logits for images.
+        num_classes: of the logits.
+        size: height and width that the network was exported for, when it takes no others.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor], num_classes: int, size: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.run, self.num_classes, self.size = run, num_classes, size
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Logits of shape ``N, classes`` for images of shape ``N, 3, H, W``.
+
+        Raises:
+            ValueError: for images of a size that the network does not take, and when the runtime fails.
+        """
+        height, width = x_NCHW.shape[2:]
+        if self.size is not None and (height, width) != self.size:
+            raise ValueError(f"this bundle takes {self.size[0]}×{self.size[1]} pixels only, not {height}×{width}")
+        try:
+            logits = self.run(x_NCHW.detach().float().cpu().contiguous())
+        except _runtime_errors() as error:
+            raise ValueError(f"the runtime failed at {tuple(x_NCHW.shape)}: {first_line(error)}") from error
+        if logits.shape != (len(x_NCHW), self.num_classes):
+            raise ValueError(f"the network gives {tuple(logits.shape)}, not one of {self.num_classes} classes an image")
+        return logits.to(x_NCHW.device)
+
+
+def read_bundle(folder: Path) -> tuple[RuntimeNetwork, dict[str, Any]]:
+    """Open a bundle.
+
+    Args:
+        folder: with ``bundle.json``.
+
+    Returns:
+        The network, and what ``bundle.json`` says: ``label_names``, ``data_config`` and the like.
+
+    Raises:
+        ValueError: when it is damaged, may do harm, or its runtime is not installed.
+    """
+    description = _read_description(folder)
+    path = folder / NETWORK_NAMES[description["format"]]
+    _, height, width = description["data_config"]["input_size"]
+    run = open_runtime(description["format"], path, (1, *description["data_config"]["input_size"]))
+    fixed = None if description["dynamic_size"] else (height, width)
+    return RuntimeNetwork(run, len(description["label_names"]), fixed), description
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / BUNDLE_NAME
+    bundle_checks.check_file(path, most=64 * 2**20)
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {first_line(error)}; copy the bundle again") from error
+    wrong = _wrong_with(description)
+    if wrong:
+        raise ValueError(f"{path} is damaged: {wrong}; copy or export the bundle again")
+    data = description["data_config"]
+    description["data_config"] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+    }
+    return dict(description)
+
+
+def _wrong_with(description: Any) -> str:
+    if not isinstance(description, dict) or any(key not in description for key in _KEYS):
+        return f"it must say {', '.join(_KEYS)}"
+    if description["format"] not in NETWORK_NAMES:
+        return f"format {description['format']!r} is none of {', '.join(NETWORK_NAMES)}"
+    names = description["label_names"]
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        return "label_names is no list of names"
+    data = description["data_config"]
+    if not isinstance(data, dict):
+        return "data_config is no mapping"
+    size = data.get("input_size")
+    if not (
+        isinstance(size, list)
+        and len(size) == 3
+        and all(type(number) is int for number in size)
+        and size[0] == 3
+        and 1 <= min(size[1:]) <= max(size[1:]) <= bundle_checks.MOST_PIXELS_A_SIDE
+    ):
+        return f"input_size={size!r} is not 3, height, width up to {bundle_checks.MOST_PIXELS_A_SIDE}"
+    for key in ("mean", "std"):
+        numbers = data.get(key)
+        if not (
+            isinstance(numbers, list)
+            and len(numbers) == 3
+            and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        ):
+            return f"{key}={numbers!r} is not three numbers"
+    if min(data["std"]) <= 0:
+        return f"std={data['std']!r} is not positive"
+    if type(data.get("crop_pct")) not in (int, float) or not 0.01 <= data["crop_pct"] <= 1:
+        return f"crop_pct={data.get('crop_pct')!r} is no share"
+    if data.get("interpolation") not in ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"):
+        return f"interpolation={data.get('interpolation')!r} is unknown"
+    if data.get("crop_mode") not in ("center", "squash", "border"):
+        return f"crop_mode={data.get('crop_mode')!r} is unknown"
+    return ""
+
+
+def open_runtime(kind: str, path: Path, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """A function from images to logits that runs a network file.
+
+    Args:
+        kind: ``onnx``, ``openvino`` or ``pt2``.
+        path: of the file.
+        shape: of a batch, to work out the sizes of all maps before one is allocated.
+
+    Raises:
+        ValueError: when the file is damaged, may do harm, or the runtime is not installed.
+    """
+    opened = {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2}
+    return opened[kind](path, shape)
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """What runtimes raise; ONNX Runtime's errors share no base class but ``Exception``."""
+    import sys
+
+    module = sys.modules.get("onnxruntime.capi.onnxruntime_pybind11_state")
+    found = [] if module is None else list(vars(module).values())
+    return RuntimeError, *(value for value in found if isinstance(value, type) and issubclass(value, Exception))
+
+
+def _open_onnx(path: Path, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    require("onnxruntime", "deploy")
+    require("onnx", "deploy")
+    bundle_checks.check_onnx(path, shape)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except _runtime_errors() as error:
+        raise ValueError(f"ONNX Runtime cannot read {path}: {first_line(error)}") from error
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def _open_openvino(path: Path, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    require("openvino", "deploy")
+    bundle_checks.check_openvino(path)
+    without_telemetry()
+    import openvino
+
+    try:
+        core = openvino.Core()
+        bundle_checks.check_openvino_maps(path, core.read_model(path), shape)
+        # Without the hint, processors that know bfloat16 would compute in it.
+        config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = core.compile_model(core.read_model(path), "CPU", config)
+    except RuntimeError as error:
+        raise ValueError(f"OpenVINO cannot read {path}: {first_line(error)}") from error
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+
+
+def _open_pt2(path: Path, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    bundle_checks.check_pt2(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = torch.export.load(path).module()
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError) as error:
+        raise ValueError(f"torch cannot read {path}: {first_line(error)}") from error
+    bundle_checks.check_pt2_maps(path, module, shape)
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = module(images)
+        return logits
+
+    return run

@@ -1,0 +1,82 @@
+"""A traced network whose layers can be looked at and replaced; norms folded into the convolutions before them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from epsanet.network.psa import PSA
+
+__all__ = ["Rewriter", "Tracer", "fold_norms", "foldable", "scale_and_shift"]
+
+
+class Tracer(fx.Tracer):
+    """Records a network; PSA modules stay whole."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, PSA) or super().is_leaf_module(m, module_qualified_name)
+
+    def trace_module(self, model: nn.Module) -> fx.GraphModule:
+        return fx.GraphModule(model, self.trace(model))
+
+
+class Rewriter:
+    """Looks at a traced network and replaces its layers."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        self.network = network
+        self.layers: dict[str, nn.Module] = dict(network.named_modules())
+
+    def layer(self, node: Any) -> nn.Module | None:
+        return self.layers[str(node.target)] if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+    def replace(self, node: fx.Node, layer: nn.Module) -> None:
+        parent, _, name = str(node.target).rpartition(".")
+        setattr(self.layers[parent], name, layer)
+        self.layers[str(node.target)] = layer
+
+    def drop(self, node: fx.Node) -> None:
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        self.network.graph.erase_node(node)
+
+    def only_user(self, node: fx.Node) -> fx.Node | None:
+        """The one place that uses a layer's result, when the layer is not called twice."""
+        calls = sum(other.op == "call_module" and other.target == node.target for other in self.network.graph.nodes)
+        return next(iter(node.users)) if len(node.users) == 1 and calls == 1 else None
+
+    def nodes(self, kind: type[nn.Module]) -> list[fx.Node]:
+        return [node for node in self.network.graph.nodes if isinstance(self.layer(node), kind)]
+
+
+def foldable(norm: nn.Module | None) -> bool:
+    """Whether this is a batch norm with statistics, a constant scale and shift at inference."""
+    return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+
+
+def fold_norms(rewriter: Rewriter) -> None:
+    """Fold each batch norm that follows a convolution into it."""
+    for node in rewriter.nodes(nn.BatchNorm2d):
+        before, norm = node.args[0], rewriter.layer(node)
+        conv = rewriter.layer(before)
+        if type(conv) is nn.Conv2d and foldable(norm) and rewriter.only_user(before) is node:  # type: ignore[arg-type]
+            rewriter.replace(before, fuse_conv_bn_eval(conv, norm))  # type: ignore[arg-type]
+            rewriter.drop(node)
+
+
+def scale_and_shift(norm: nn.BatchNorm2d | None, channels: int) -> tuple[Tensor, Tensor]:
+    """What a norm multiplies by and adds, one value a channel each; ones and zeros without a norm."""
+    if norm is None:
+        return torch.ones(channels), torch.zeros(channels)
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None  # foldable
+    assert variance is not None
+    scale = torch.rsqrt(variance.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale.float().detach(), shift.float().detach()

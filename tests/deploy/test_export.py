@@ -1,0 +1,298 @@
+"""Exports: what another runtime computes from the file is what the network computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from real_digits import digits
+from torch import Tensor, nn
+
+from epsanet import cli, evaluate, kernels, predict
+from epsanet.data.config import DataConfig
+from epsanet.deploy import export as export_module
+from epsanet.deploy import tune
+from epsanet.deploy.config import ExportConfig
+from epsanet.deploy.export import Exported, compare, export
+from epsanet.deploy.portable import PortablePSA, portable
+from epsanet.network.bundle import RuntimeNetwork
+from epsanet.network.weights import LoadedModel, load_model
+
+
+def ignore(_: str) -> None:
+    """What an export says."""
+
+
+def bare_onnx(folder: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "network.onnx", providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+
+
+def bare_openvino(folder: Path, images: Tensor) -> Tensor:
+    from epsanet._optional import without_telemetry
+
+    without_telemetry()
+    import openvino
+
+    compiled = openvino.compile_model(folder / "network.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(compiled(images.numpy())[0].copy())
+
+
+def bare_pt2(folder: Path, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = torch.export.load(folder / "network.pt2").module()(images)
+    return logits
+
+
+BARE: dict[str, Callable[[Path, Tensor], Tensor]] = {
+    "onnx": bare_onnx,
+    "openvino": bare_openvino,
+    "pt2": bare_pt2,
+}
+
+
+@pytest.mark.parametrize("kind", BARE)
+@pytest.mark.filterwarnings("ignore")
+def test_the_runtime_alone_gives_the_networks_logits_for_any_number_and_size(
+    kind: str, bundles: dict[str, Exported], digits_folder: Path
+) -> None:
+    model = load_model(digits_folder).model
+    assert bundles[kind].dynamic_size
+    for shape in ((1, 3, 16, 16), (5, 3, 16, 16), (2, 3, 37, 24)):
+        images = torch.randn(shape)
+        with torch.no_grad(), kernels.use("reference"):
+            expected = model(images)
+        assert (BARE[kind](bundles[kind].folder, images) - expected).abs().max() < 1e-4
+
+
+def test_an_onnx_file_is_whole_plain_and_says_what_it_is(bundles: dict[str, Exported], digits_folder: Path) -> None:
+    import onnx
+
+    folder = bundles["onnx"].folder
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "bundle.json", "network.onnx"]
+    model = onnx.load(folder / "network.onnx", load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    kinds = [node.op_type for node in model.graph.node]
+    assert "BatchNormalization" not in kinds
+    assert {node.domain for node in model.graph.node} == {""}
+    layers = load_model(digits_folder).model.named_modules()
+    convolutions = [name for name, layer in layers if isinstance(layer, nn.Conv2d) and ".se." not in name]
+    assert kinds.count("Conv") == len(convolutions)
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    loaded = load_model(digits_folder)
+    assert json.loads(told["label_names"]) == loaded.class_names
+    assert json.loads(told["data_config"])["mean"] == pytest.approx(loaded.data_config["mean"])
+    assert str(Path.cwd()).encode() not in (folder / "network.onnx").read_bytes()
+
+
+def test_an_openvino_network_says_what_it_is(bundles: dict[str, Exported], digits_folder: Path) -> None:
+    import openvino
+
+    network = openvino.Core().read_model(bundles["openvino"].folder / "network.xml")
+    loaded = load_model(digits_folder)
+    assert json.loads(network.get_rt_info(["epsanet", "label_names"]).astype(str)) == loaded.class_names
+    data_config = json.loads(network.get_rt_info(["epsanet", "data_config"]).astype(str))
+    assert tuple(data_config["input_size"]) == loaded.data_config["input_size"] == (3, 16, 16)
+    assert network.get_rt_info(["epsanet", "architecture"]).astype(str) == "epsanet14_tiny"
+
+
+@pytest.mark.parametrize("kind", BARE)
+def test_predictions_and_evaluations_of_a_bundle_are_those_of_the_model(
+    kind: str, bundles: dict[str, Exported], digits_folder: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    for place, photograph in enumerate(load_sample_images().images):
+        Image.fromarray(photograph).save(tmp_path / f"{place}.png")
+    for ours, theirs in zip(predict(bundles[kind].folder, [tmp_path]), predict(digits_folder, [tmp_path]), strict=True):
+        assert ours.classes == theirs.classes
+        assert ours.probabilities == pytest.approx(theirs.probabilities, abs=1e-4)
+    network = bundles[kind].folder / {"onnx": "network.onnx", "openvino": "network.xml", "pt2": "network.pt2"}[kind]
+    data = DataConfig(source="digits")
+    ours, theirs = (evaluate(model, data, split="test", note=ignore) for model in (network, digits_folder))
+    assert np.array_equal(ours.confusion, theirs.confusion)  # type: ignore[attr-defined]
+    assert ours.loss == pytest.approx(theirs.loss, abs=1e-4)  # type: ignore[attr-defined]
+    assert ours.top1 > 85  # type: ignore[attr-defined]
+
+
+def test_agreement_is_counted_on_probabilities() -> None:
+    before = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    after = torch.tensor([[2.0, 0.0], [0.2, 0.0], [0.0, 3.0], [1.0, 0.0]])
+    found = compare(before, after, torch.tensor([0, 1, 0, -1]))
+    moved = np.exp(1) / (1 + np.exp(1)) - 1 / (1 + np.exp(0.2))
+    assert found.largest == pytest.approx(moved)
+    assert found.mean == pytest.approx(moved / 4)
+    assert found.same_top1 == 75
+    assert found.top1 == pytest.approx((200 / 3, 100 / 3))
+    assert compare(before, torch.full_like(after, torch.nan), torch.full((4,), -1)).largest == torch.inf
+
+
+def test_a_network_that_answers_differently_is_refused_and_an_older_bundle_stays(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(model: nn.Module, forms: Any = None) -> nn.Module:
+        network = portable(model, forms)
+        next(module for module in network.modules() if isinstance(module, PortablePSA)).scale.data *= 1.01
+        return network
+
+    monkeypatch.setattr(export_module, "portable", wrong)
+    old = tmp_path / "bundle"
+    old.mkdir()
+    (old / "bundle.json").write_text("old")
+    assert cli.main(["export", str(digits_folder), "--format", "pt2", "--output", str(old)]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "answers differently (more than --tolerance 0.0001" in message
+    assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
+    assert (old / "bundle.json").read_text() == "old"
+    limits = ["--tolerance", "0.5", "--agreement", "50"]
+    assert cli.main(["export", str(digits_folder), "--format", "pt2", "-o", str(old), *limits]) == 0
+    assert isinstance(load_model(old).model, RuntimeNetwork)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_int8_keeps_the_accuracy_on_the_digits_and_reports_what_the_runtime_does(
+    kind: str, digits_folder: Path, bundles: dict[str, Exported], tmp_path: Path
+) -> None:
+    config = ExportConfig(format=kind, int8=True, calibrate="digits")  # type: ignore[arg-type]
+    found = export(digits_folder, tmp_path / "bundle", config, note=ignore)
+    loaded = load_model(digits_folder)
+    check = digits("test", loaded, 500)
+    with torch.no_grad():
+        before = loaded.model(check.images).argmax(1)
+    after = BARE[kind](found.folder, check.images).argmax(1)
+    assert found.agreement.images == 360
+    assert found.agreement.same_top1 == pytest.approx(100 * (before == after).double().mean().item(), abs=0.28)
+    assert found.agreement.top1 is not None
+    right = [100 * (guess == check.labels).double().mean().item() for guess in (before, after)]
+    assert found.agreement.top1 == pytest.approx(right, abs=0.28)  # an image may stand on the edge
+    assert right[0] - right[1] <= 1.5
+    assert 0 < found.agreement.mean < 0.02
+    eight_bits = {"onnx": "onnx", "openvino": "bin"}[kind]
+    assert (found.folder / f"network.{eight_bits}").stat().st_size < 0.6 * (
+        bundles[kind].folder / f"network.{eight_bits}"
+    ).stat().st_size
+
+
+def test_forms_that_are_measured_faster_are_taken_with_the_same_answers(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last form of each branch is said to be fastest, and then the network of them."""
+    raced: list[list[float]] = []
+
+    def race(runs: list[Callable[[Tensor], Tensor]], images: Tensor, **_: Any) -> list[float]:
+        answers = [run(images) for run in runs]
+        assert all((answer - answers[0]).abs().max() < 1e-4 for answer in answers)
+        raced.append([float(len(runs) - place) for place in range(len(runs))])
+        return raced[-1]
+
+    monkeypatch.setattr(tune, "race", race)
+    monkeypatch.setattr(export_module, "race", race)
+    found = export(digits_folder, tmp_path / "bundle", ExportConfig(format="onnx", tune=True), note=ignore)
+    groups = [conv.groups for conv in load_model(digits_folder).model.layer4[0].conv2.spc.branches]
+    assert groups == [1, 4, 8, 16]
+    assert found.forms["layer4.0.conv2"] == [1, 64, 64, 64]
+    assert found.milliseconds == {1: (2.0, 1.0), 16: (2.0 / 16, 1.0 / 16)}
+    assert found.agreement.largest < 1e-4
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = load_model(digits_folder).model(images)
+    assert (bare_onnx(found.folder, images) - expected).abs().max() < 1e-4
+
+
+def test_the_forms_stay_when_no_other_is_measured_faster(digits_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(digits_folder).model
+    monkeypatch.setattr(tune, "race", lambda runs, _: [1.0, *[0.99] * (len(runs) - 1)])
+    forms = tune.best_forms(model, "pt2", (3, 16, 16), lambda items, *_: items)
+    assert len(forms) == 4
+    for name, groups in forms.items():
+        assert groups == [conv.groups for conv in model.get_submodule(name).spc.branches]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_network_of_one_size_says_so(digits_folder: Path, tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3 * 16 * 16, 10)
+            self.pretrained_cfg = {"architecture": "fixed"}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.flatten(1))
+
+    loaded = load_model(digits_folder)
+    fixed = LoadedModel(model=Fixed().eval(), class_names=loaded.class_names, data_config=loaded.data_config)
+    found = export(fixed, tmp_path / "bundle", ExportConfig(format="pt2"), note=ignore)
+    assert not found.dynamic_size
+    network = load_model(found.folder).model
+    assert network(torch.zeros(3, 3, 16, 16)).shape == (3, 10)
+    with pytest.raises(ValueError, match="takes 16×16 pixels only, not 32×32"):
+        network(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "tflite"], "format"),
+        (["--int8"], "add --calibrate FOLDER"),
+        (["--calibrate", "digits"], "--calibrate is for --int8"),
+        (["--int8", "--calibrate", "digits", "--format", "pt2"], "pt2 is float32"),
+        (["--int8", "--calibrate", "digits", "--accuracy-drop", "1"], "use it with --int8 --format openvino"),
+        (["--tolerance", "2"], "tolerance=2"),
+        (["--images", "nowhere", "--format", "pt2"], "there is no data set 'nowhere'"),
+        (["--output", "mine"], "mine is there and no bundle"),
+    ],
+)
+def test_impossible_exports_are_refused_in_one_line(
+    flags: list[str],
+    message: str,
+    digits_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert cli.main(["export", str(digits_folder), *flags]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_missing_library_names_the_line_to_install(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    with pytest.raises(ValueError, match=r"needs onnxscript.*pip install 'epsanet\[deploy\]'"):
+        export(digits_folder, tmp_path / "bundle", ExportConfig(), note=ignore)
+
+
+def test_a_bundle_is_not_exported_again(bundles: dict[str, Exported], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="an exported bundle already"):
+        export(bundles["onnx"].folder, tmp_path / "bundle", ExportConfig(), note=ignore)
+
+
+def test_a_bundle_can_be_moved(bundles: dict[str, Exported], tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(bundles["openvino"].folder, moved)
+    assert load_model(moved).class_names == [str(number) for number in range(10)]
+
+
+def test_nothing_is_reported_over_the_network(bundles: dict[str, Exported]) -> None:
+    """OpenVINO and NNCF report their use, unless the library that does it looks missing."""
+    import sys
+
+    assert bundles
+    assert sys.modules["openvino_telemetry"] is None

@@ -1,0 +1,137 @@
+"""Explanations: Grad-CAM against its formula, figures that show their image, a command that says what fails."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from making import class_folders
+from PIL import Image
+from torch.nn import functional as F
+
+from epsanet import cli, kernels
+from epsanet.insight.explain import explain
+from epsanet.insight.saliency import cam_layer, grad_cam
+from epsanet.network.weights import load_model, save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("explained") / "model"
+    model = timm.create_model("epsanet14_tiny", num_classes=3)
+    save_model(path, model, ["ant", "bee", "cow"], {"input_size": (3, 32, 32), "crop_pct": 1.0})
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    class_folders(root, {"small": 3, "large": 2}, size=24)
+    return root
+
+
+@pytest.mark.parametrize("chosen", ["reference", "auto"])
+def test_grad_cam_is_the_papers_formula(chosen: kernels.Choice) -> None:
+    model, x = timm.create_model("epsanet14_tiny", num_classes=3).eval(), torch.randn(2, 3, 32, 32)
+    classes = torch.tensor([2, 0])
+    with kernels.use(chosen):
+        found = grad_cam(model, x, classes, "layer3")
+    stages = model.maxpool(model.act1(model.bn1(model.conv1(x))))
+    features = model.layer3(model.layer2(model.layer1(stages)))
+    logits = model.forward_head(model.layer4(features))
+    (gradient,) = torch.autograd.grad(logits[torch.arange(2), classes].sum(), features)
+    maps = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).clamp(min=0)
+    large = F.interpolate(maps.detach(), (32, 32), mode="bilinear", align_corners=False)[:, 0].numpy()
+    assert large.max() > 0
+    np.testing.assert_allclose(found, large / np.maximum(large.max((1, 2), keepdims=True), 1e-30), atol=2e-4)
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "layer"),
+    [
+        ("epsanet50_small", 224, "layer4"),
+        ("epsanet14_tiny", 32, "layer3"),
+        ("epsanet14_tiny", 16, "layer2"),
+        ("epsanet50_small", 10, "act1"),
+        ("mobilenetv3_small_050", 224, "blocks.5"),
+    ],
+)
+def test_the_layer_of_grad_cam_is_the_deepest_that_is_still_fine(name: str, size: int, layer: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert cam_layer(model, (size, size)) == layer
+
+
+def test_a_network_without_stages_asks_for_a_layer() -> None:
+    with pytest.raises(ValueError, match="name one with --layer"):
+        cam_layer(torch.nn.Linear(2, 2), (32, 32))
+    with pytest.raises(ValueError, match="there is no layer 'nose'; stages are conv1, "):
+        grad_cam(timm.create_model("epsanet14_tiny"), torch.zeros(1, 3, 32, 32), torch.tensor([0]), "nose")
+
+
+def test_an_explanation_holds_what_the_network_saw_and_said(folder: Path, pictures: Path) -> None:
+    path = pictures / "small" / "000.png"
+    (found,) = explain(folder, [path], topk=2)
+    loaded = load_model(folder)
+    pixels = np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BILINEAR)) / 255
+    assert found.picture is not None
+    np.testing.assert_allclose(found.picture, pixels, atol=0.01)
+    mean, std = (torch.tensor(loaded.data_config[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        x = (torch.tensor(found.picture).permute(2, 0, 1).float() - mean) / std
+        best = loaded.model(x[None]).softmax(1)[0].topk(2)
+    assert found.classes == tuple(["ant", "bee", "cow"][index] for index in best.indices.tolist())
+    assert found.probabilities == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert [module.name for module in found.scales] == [f"layer{stage}.0.conv2" for stage in range(1, 5)]
+
+
+def test_the_command_draws_a_figure_an_image_and_goes_on_after_a_damaged_one(
+    folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged.png"
+    damaged.write_text("words")
+    images = [str(pictures / name / "000.png") for name in ("small", "large")]
+    assert cli.main(["explain", str(folder), *images, str(damaged), "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert f"{damaged}: not an image" in said.out
+    assert "1 of 3 images could not be read" in said.err
+    drawn = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in drawn] == ["000-2.png", "000.png"]
+    first, second = (np.asarray(Image.open(path).convert("RGB")) for path in drawn)
+    assert first.shape == second.shape
+    left = np.s_[20:400, 60:370]  # where each figure shows its image
+    assert np.abs(first[left].mean((0, 1)) - second[left].mean((0, 1))).max() > 20
+    assert cli.main(["explain", str(folder), str(damaged), "-o", str(tmp_path / "none")]) == 2
+
+
+def test_the_command_tells_the_preferences_of_a_data_set(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    assert cli.main(["explain", str(folder), "--data", str(pictures), "-o", str(tmp_path), "--data.workers", "0"]) == 0
+    with (tmp_path / "scales.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["class"]: int(row["images"]) for row in rows} == {"all": 5, "small": 3, "large": 2}
+    assert len(rows) == 3 * 4 * 4
+    for group in ("all", "small", "large"):
+        shares = [float(r["attention"]) for r in rows if (r["class"], r["block"]) == (group, "layer2.0.conv2")]
+        assert sum(shares) == pytest.approx(1)
+    with Image.open(tmp_path / "scales.png") as drawn:
+        assert drawn.size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "nothing to explain"), (["nowhere/*.png"], "nothing matches"), (["--layer", "nose", "x.png"], "no layer")],
+)
+def test_what_cannot_be_explained_is_said_in_one_line(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["explain", str(folder), *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
