@@ -93,7 +93,7 @@ def inherit(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     for name, psa in modules.items():
         if not isinstance(psa, PSA) or f"{name}.weight" not in result:
             continue
-        convs = list(psa.spc.branches)
+        convs: list[Any] = list(psa.spc.branches)
         kernel_sizes = [conv.kernel_size[0] for conv in convs]
         filters = branch_filters(
             result.pop(f"{name}.weight"), kernel_sizes, [conv.groups for conv in convs], psa.spc.mode
