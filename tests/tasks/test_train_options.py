@@ -22,7 +22,7 @@ from torch import nn
 from epsanet.data.config import DataConfig
 from epsanet.data.mixing import Mixer
 from epsanet.tasks.callbacks import GracefulStop
-from epsanet.tasks.classification import Classifier
+from epsanet.tasks.classification import Classifier, DivergedError
 from epsanet.tasks.config import OptimizerConfig, TrainConfig, load_recipe
 from epsanet.tasks.run import prepare
 from epsanet.tasks.train import TrainingInterrupted, train
@@ -194,7 +194,7 @@ def test_a_run_that_diverges_lists_all_images_of_its_batch(
     changes: dict[str, Any], small: Small, pictures: Path, tmp_path: Path
 ) -> None:
     changes = {**changes, "optimizer__clip_grad": None, "optimizer__lr": 1e30, "label_smoothing": 0.0}
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+ \(learning rate \S+\)") as raised:
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ \(learning rate \S+\)") as raised:
         train(small(tmp_path / "run", **changes))
     listed = tmp_path / "run" / "diverged.txt"
     assert str(listed) in str(raised.value)

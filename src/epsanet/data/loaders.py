@@ -328,7 +328,7 @@ class StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
     ) -> Iterator[tuple[Tensor, int, int]]:
         assert self.seed is not None
         for copy in range(times):
-            with _seeded(self.seed, epoch, position, copy):
+            with seeded(self.seed, epoch, position, copy):
                 augmented = self.transform(image)
             yield augmented, label, position
 

@@ -167,7 +167,7 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
                 ckpt_path=str(run.checkpoints / "last.ckpt") if checkpoint is not None else None,
             )
         except DivergedError as error:
-            raise ValueError(f"{error}; {_list_images(run, error.images)}") from error
+            raise DivergedError(f"{error}; {_list_images(run, error.images)}", error.images) from error
     return history
 
 
