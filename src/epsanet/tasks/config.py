@@ -31,7 +31,7 @@ class OptimizerConfig:
     """Whether norms and biases go without weight decay."""
     layer_decay: float | None = None
     """Factor of the learning rate from each layer to the one below it, 1 at the classifier, as is usual when a trained
-    network is trained further; norms and biases then go without weight decay. None: the same rate everywhere."""
+    network is trained further. None: the same rate everywhere."""
     clip_grad: float | None = None
     """Largest norm of the gradient; longer ones are scaled down to it. None: as long as they are."""
 
