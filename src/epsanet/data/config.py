@@ -47,6 +47,10 @@ class DataConfig:
     """Evaluation resizes to input_size / crop_pct and crops the centre; the network's own when left out."""
     interpolation: str | None = None
     """bilinear or bicubic; the network's own when left out."""
+    mean: tuple[float, float, float] | None = None
+    """Of each colour, subtracted; values between 0 and 1. The network's own when left out."""
+    std: tuple[float, float, float] | None = None
+    """Of each colour, divided by. The network's own when left out."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the area that a training crop covers."""
     ratio: tuple[float, float] = (0.75, 1.3333)
@@ -64,6 +68,16 @@ class DataConfig:
     """timm's RandAugment, AugMix or AutoAugment policy, for example rand-m9-mstd0.5."""
     re_prob: float = 0.0
     """Probability of random erasing."""
+    mixup: float = 0.0
+    """alpha of mixup, which blends pairs of images and their labels; 0 is none."""
+    cutmix: float = 0.0
+    """alpha of CutMix, which pastes a piece of one image into another; 0 is none."""
+    mixup_prob: float = 1.0
+    """Probability that a batch is mixed at all, by one of the two."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix where both are wanted."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """Whether a batch, a pair or an image has its own share."""
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
@@ -78,10 +92,24 @@ class DataConfig:
             raise ValueError(f"data.crop_pct={self.crop_pct} is impossible; use a share up to 1, for example 0.875")
         if self.crop_padding is not None and self.crop_padding < 0:
             raise ValueError(f"data.crop_padding={self.crop_padding} is impossible; use 0 or more pixels")
-        for name in ("hflip", "vflip", "re_prob"):
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)} is impossible; use 0 (none) or more, such as 0.2")
+        if self.mixes and self.batch_size % 2:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is odd, but mixup and cutmix pair images; make it even"
+            )
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"data.std={self.std} is impossible; use values above 0")
+        for name in ("hflip", "vflip", "re_prob", "mixup_prob", "mixup_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} is no probability; use 0 to 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"data.scale={self.scale} is impossible; use two rising shares of the area up to 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"data.ratio={self.ratio} is impossible; use two rising ratios of width to height")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return self.mixup > 0 or self.cutmix > 0

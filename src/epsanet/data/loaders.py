@@ -34,6 +34,7 @@ __all__ = [
     "TrainLoader",
     "evaluation_loader",
     "evaluation_transform",
+    "seeded",
     "train_loader",
     "train_transform",
 ]
@@ -86,7 +87,7 @@ def evaluation_transform(data_config: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _seeded(*key: int) -> Iterator[None]:
+def seeded(*key: int) -> Iterator[None]:
     """All random generators that augmentations draw from, started from a key; put back afterwards."""
     number = zlib.crc32(np.array(key, dtype=np.int64).tobytes())
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -128,7 +129,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         image, position = self._read(position)
         if epoch is None:
             return self.transform(image), int(self.samples.labels[position]), position
-        with _seeded(self.seed, epoch, position):
+        with seeded(self.seed, epoch, position):
             return self.transform(image), int(self.samples.labels[position]), position
 
     def _read(self, position: int) -> tuple[Any, int]:
@@ -327,7 +328,7 @@ class StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
     ) -> Iterator[tuple[Tensor, int, int]]:
         assert self.seed is not None
         for copy in range(times):
-            with _seeded(self.seed, epoch, position, copy):
+            with seeded(self.seed, epoch, position, copy):
                 augmented = self.transform(image)
             yield augmented, label, position
 

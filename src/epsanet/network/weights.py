@@ -134,15 +134,15 @@ def load_model(source: str | Path) -> LoadedModel:
     """A network from wherever users have one.
 
     Args:
-        source: a model folder, a run folder of ``epsanet train``, a bundle of ``epsanet export``, a released checkpoint
-            (``.pth``, ``.pth.tar``), weights of this package (``epsanet14_tiny.digits``; ``epsanet models`` lists
-            them), a Hugging Face Hub id (``hf-hub:user/name``), or a name with pretrained weights in timm
-            (``resnet50.a1_in1k``).
+        source: a model folder (also as ``local-dir:FOLDER``), a run folder of ``epsanet train``, a bundle of
+            ``epsanet export``, a released checkpoint (``.pth``, ``.pth.tar``), weights of this package
+            (``epsanet14_tiny.digits``; ``epsanet models`` lists them), a Hugging Face Hub id (``hf-hub:user/name``), or
+            a name with pretrained weights in timm (``resnet50.a1_in1k``).
 
     Raises:
         ValueError: when there is nothing such, or it is damaged; one line that says which.
     """
-    path = Path(source)
+    path = Path(str(source).removeprefix("local-dir:"))
     if path.name in NETWORK_NAMES.values() and (path.parent / BUNDLE_NAME).is_file():
         path = path.parent
     if (path / BUNDLE_NAME).is_file():
@@ -152,7 +152,7 @@ def load_model(source: str | Path) -> LoadedModel:
         )
     if path.is_file():
         return load_released(path)
-    folder = find_model_folder(source)
+    folder = find_model_folder(path)
     if folder is not None:
         return _load_folder(folder)
     if path.is_dir():

@@ -155,7 +155,7 @@ class History(Callback):
             {
                 "epoch": trainer.current_epoch + 1,
                 "step": trainer.global_step,
-                "lr": float(trainer.optimizers[0].param_groups[0]["lr"]),
+                "lr": pl_module.learning_rate,
                 "train_loss": float(pl_module.train_loss.compute()),
                 "val_loss": pl_module.evaluation.loss,
                 "val_top1": pl_module.evaluation.top1,
@@ -184,7 +184,7 @@ class Reporter(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         assert trainer.max_epochs is not None
-        self._total = trainer.max_epochs * int(trainer.num_training_batches)
+        self._total = int(trainer.estimated_stepping_batches)
         self._first, self._start = trainer.global_step, time.monotonic()
         self.task = self.bar.add_task("training", total=self._total, completed=trainer.global_step)
         self.bar.start()
@@ -240,9 +240,18 @@ class GracefulStop(Callback):
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
         # After the last batch of an epoch comes its validation; the stop waits for it and for the epoch's checkpoint.
-        if self.asked and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        # Gradients that are still being summed up are in no checkpoint; the stop waits for their step.
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.asked and whole and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             trainer.save_checkpoint(self.checkpoint)
             self._stop(f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}")
 

@@ -62,6 +62,7 @@ def model_card(
         f"| {split} | {evaluation.images:,} | {evaluation.top1:.2f} | {low:.2f} to {high:.2f} "
         f"| {evaluation.top5:.2f} | {evaluation.loss:.4f} |"
     )
+    start = f"It was trained from the weights of {_origin(config.init_from)}.\n" if config.init_from else ""
     metadata = _metadata(config, licence, split, evaluation)
     return f"""---
 {metadata}
@@ -70,7 +71,7 @@ def model_card(
 
 {config.model}, {parameters:,} parameters, for images of {input_size[1]}×{input_size[2]} pixels and {len(class_names)}
 classes: {names}.
-
+{start}
 | split | images | top-1 [%] | 95 % interval | top-5 [%] | loss |
 |---|---|---|---|---|---|
 {result}
@@ -113,3 +114,9 @@ def _metadata(config: TrainConfig, licence: str | None, split: str, evaluation: 
         model_name=config.model,
         eval_results=[result],
     ).to_yaml()
+
+
+def _origin(source: str) -> str:
+    """A name as it was given; of a path the last two parts, since the rest says nothing to others."""
+    path = Path(source.removeprefix("local-dir:"))
+    return "/".join(path.parts[-2:]) if path.exists() else source

@@ -6,11 +6,14 @@ from typing import Any
 
 import lightning
 import torch
+from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from epsanet.data.mixing import Mixer
+from epsanet.network.inherit import classifier_names
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.scores import Evaluation, Score
 
@@ -18,7 +21,16 @@ __all__ = ["Classifier", "DivergedError"]
 
 
 class DivergedError(ValueError):
-    """The loss is no longer a finite number."""
+    """The loss is no longer a finite number.
+
+    Args:
+        message: step and learning rate.
+        images: names of the images of the batch.
+    """
+
+    def __init__(self, message: str, images: list[str]) -> None:
+        super().__init__(message)
+        self.images = images
 
 
 class Classifier(lightning.LightningModule):
@@ -37,7 +49,7 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
         self.class_names, self.config, self.updates_per_epoch = class_names, config, updates_per_epoch
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing if config else 0.0)
+        self.mixer, self.criterion = _mixer_and_loss(config, len(class_names))
         self.score = Score(len(class_names))
         self.train_loss = MeanMetric(nan_strategy="disable")
         self.train_loss.persistent(True)  # so that a run resumed within an epoch reports the whole epoch
@@ -47,26 +59,44 @@ class Classifier(lightning.LightningModule):
         """Logits of shape ``N, classes``."""
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
+    def on_train_start(self) -> None:
+        self._freeze()  # Lightning does not call on_train_epoch_start when it goes on within an epoch
+
     def on_train_epoch_start(self) -> None:
         loader: Any = self.trainer.train_dataloader
         loader.set_epoch(self.current_epoch)
         self.train_loss.reset()
+        self._freeze()
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], _: int) -> Tensor:
+    def _freeze(self) -> None:
+        """All but the classifier in the first ``freeze_epochs``, norms in evaluation; nothing afterwards."""
+        assert self.config is not None
+        frozen = self.current_epoch < self.config.freeze_epochs
+        self.model.train(not frozen).requires_grad_(not frozen)
+        for name in classifier_names(self.model) if frozen else ():
+            self.model.get_submodule(name).train().requires_grad_()
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the classifier, which is the highest."""
+        return max(float(group["lr"]) for group in self.trainer.optimizers[0].param_groups)
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         images, labels, positions = batch
+        if self.mixer is not None:
+            images, labels = self.mixer(images, labels, epoch=self.current_epoch, batch=index, process=self.global_rank)
         loss: Tensor = self.criterion(self(images), labels)
         if not torch.isfinite(loss):
-            raise DivergedError(self._where_it_diverged(loss.item(), positions.tolist()))
+            raise self._diverged(loss.item(), positions.tolist())
         self.train_loss.update(loss.detach(), len(labels))
         return loss
 
-    def _where_it_diverged(self, loss: float, positions: list[int]) -> str:
-        optimizer, loader = self.trainer.optimizers[0], self.trainer.train_dataloader
-        samples = getattr(getattr(loader, "dataset", None), "samples", None)
-        names = [samples.name(position) for position in positions[:3]] if samples else ["a stream"]
-        return (
-            f"the loss is {loss} at step {self.global_step} (learning rate {optimizer.param_groups[0]['lr']:.3g}, "
-            f"images {', '.join(names)}, …); lower --optimizer.lr or add --schedule.warmup_epochs"
+    def _diverged(self, loss: float, positions: list[int]) -> DivergedError:
+        samples = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "samples", None)
+        return DivergedError(
+            f"the loss is {loss} at step {self.global_step} (learning rate {self.learning_rate:.3g}); lower "
+            "--optimizer.lr, add --schedule.warmup_epochs, or limit --optimizer.clip_grad",
+            [samples.name(position) for position in positions] if samples else [],
         )
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], _: int) -> None:
@@ -82,7 +112,7 @@ class Classifier(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.log("train_loss", self.train_loss.compute())
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("lr", self.learning_rate)
 
     def configure_optimizers(self) -> Any:
         assert self.config is not None
@@ -95,6 +125,7 @@ class Classifier(lightning.LightningModule):
                 momentum=wanted.momentum,
                 weight_decay=wanted.weight_decay,
                 filter_bias_and_bn=wanted.filter_bias_and_bn,
+                layer_decay=wanted.layer_decay,
             )
         except (ValueError, AssertionError) as error:
             raise ValueError(f"optimizer.opt={wanted.opt!r} cannot be had from timm: {error}") from error
@@ -116,3 +147,14 @@ class Classifier(lightning.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, _: Any) -> None:
         """timm's schedules take the number of updates."""
         scheduler.step_update(num_updates=self.global_step)
+
+
+def _mixer_and_loss(config: TrainConfig | None, num_classes: int) -> tuple[Mixer | None, nn.Module]:
+    """Labels are smoothed once: where images are mixed, in the targets, else in the loss."""
+    if config is None:
+        return None, nn.CrossEntropyLoss()
+    mixer = Mixer(config.data, num_classes, config.label_smoothing, config.seed) if config.data.mixes else None
+    smoothing = 0.0 if mixer else config.label_smoothing
+    if config.loss == "binary_cross_entropy":
+        return mixer, BinaryCrossEntropy(smoothing, target_threshold=config.bce_target_thresh)
+    return mixer, nn.CrossEntropyLoss(label_smoothing=smoothing)

@@ -29,12 +29,21 @@ class OptimizerConfig:
     """Pull towards zero."""
     filter_bias_and_bn: bool = False
     """Whether norms and biases go without weight decay."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from each layer to the one below it, 1 at the classifier, as is usual when a trained
+    network is trained further. None: the same rate everywhere."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; longer ones are scaled down to it. None: as long as they are."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optimizer.lr={self.lr} is impossible; use a rate above 0, for example 0.1")
         if self.weight_decay < 0:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} is impossible; use 0 or more")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer.layer_decay={self.layer_decay} is impossible; use a factor such as 0.75")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise ValueError(f"optimizer.clip_grad={self.clip_grad} is impossible; use a norm above 0, such as 1")
 
 
 @dataclass(kw_only=True)
@@ -71,30 +80,64 @@ class ScheduleConfig:
 class TrainConfig:
     """One training run."""
 
-    model: str = "epsanet50_small"
-    """Any network of timm; epsanet models lists EPSANets."""
+    model: str = "auto"
+    """Any network of timm; epsanet models lists EPSANets. auto: that of init_from, else epsanet50_small."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Its arguments, for example drop_path_rate, or block_args for PSA's own: {softmax: channels}."""
+    init_from: str | None = None
+    """Where first weights and preprocessing come from: a model or run folder, a checkpoint, hf-hub:USER/NAME, or a name
+    in timm (resnet50.a1_in1k). The classifier is new unless the classes are known by name. An EPSANet takes a ResNet
+    of its depth and widths: PSA modules inherit from its 3×3 convolutions."""
+    freeze_epochs: int = 0
+    """Epochs at the start that train the classifier only; all else is frozen, norms with it."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data set, preprocessing and augmentation."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How weights are changed."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """How the learning rate changes."""
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    """binary_cross_entropy asks of each class by itself whether it is there."""
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes."""
+    bce_target_thresh: float | None = None
+    """Of binary_cross_entropy: targets above this count as 1, others as 0, so that both classes of a mixed image are
+    there. None: as they are."""
+    ema_decay: float | None = None
+    """Decay of a moving average of all weights, made after each step; it is what is validated and kept. None: none."""
+    accumulate_grad_batches: int = 1
+    """Batches whose gradients are summed up for one step of the optimiser, for batches that do not fit into memory."""
     seed: int = 42
     """Of weights, order and augmentation; a run with the same seed on the same machine gives the same numbers."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes the first accelerator there is."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Lightning's name of the arithmetic."""
+    compile: bool = False
+    """Whether torch.compile makes code for the network; the first steps are then slow, and a compiler is needed."""
     output: str | None = None
     """Run folder; runs/DATA-TIME when left out."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} is impossible; use 0 up to below 1")
+        if self.bce_target_thresh is not None:
+            if self.loss != "binary_cross_entropy":
+                raise ValueError(
+                    "bce_target_thresh has a meaning with --loss binary_cross_entropy only; add or leave out"
+                )
+            if not 0 <= self.bce_target_thresh < 1:
+                raise ValueError(f"bce_target_thresh={self.bce_target_thresh} is impossible; use 0 up to below 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} is impossible; use a share below 1, for example 0.9999")
+        if self.accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches={self.accumulate_grad_batches} is impossible; use 1 or more")
+        if not 0 <= self.freeze_epochs <= self.schedule.epochs:
+            raise ValueError(
+                f"freeze_epochs={self.freeze_epochs} does not fit into schedule.epochs={self.schedule.epochs}"
+            )
+        if self.freeze_epochs and self.init_from is None:
+            raise ValueError("freeze_epochs would freeze random weights; name trained ones with --init_from")
 
 
 def recipe_names() -> list[str]:

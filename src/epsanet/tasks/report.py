@@ -29,14 +29,19 @@ def announce(run: Run, *, resumed: bool) -> None:
     table = Table.grid(padding=(0, 2))
     height, width = run.data_config["input_size"][1:]
     table.add_row("network", f"{config.model}, {parameters:,} parameters, input {height}×{width}")
+    if run.start is not None:
+        table.add_row("starts from", f"{config.init_from}: {run.start}")
     threads = f", {counted(torch.get_num_threads(), 'thread')}" if run.device.type == "cpu" else ""
     table.add_row("device", f"{run.device}{threads}, precision {config.precision}")
+    several = f", {config.accumulate_grad_batches} batches a step" if config.accumulate_grad_batches > 1 else ""
     table.add_row(
-        "batch", f"{counted(config.data.batch_size, 'image')}, {counted(worker_count(config.data), 'worker')}"
+        "batch", f"{counted(config.data.batch_size, 'image')}{several}, {counted(worker_count(config.data), 'worker')}"
     )
     schedule, optimizer = config.schedule, config.optimizer
+    frozen = f", the first {config.freeze_epochs} for the classifier only" if config.freeze_epochs else ""
     table.add_row(
-        "training", f"{counted(schedule.epochs, 'epoch')}, {optimizer.opt}, lr {optimizer.lr:g} {schedule.sched}"
+        "training",
+        f"{counted(schedule.epochs, 'epoch')}{frozen}, {optimizer.opt}, lr {optimizer.lr:g} {schedule.sched}",
     )
     names = splits.class_names
     table.add_row("classes", f"{len(names)}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from timm.data import resolve_data_config
+from timm.models import get_model_args
 
 from epsanet.data.check import CheckReport, check_images
 from epsanet.data.loaders import evaluation_transform, train_transform
 from epsanet.data.sources import DataSplits, open_data
 from epsanet.data.streams import Stream
-from epsanet.network.weights import create_model
+from epsanet.network.inherit import Start, start_from
+from epsanet.network.weights import LoadedModel, create_model, load_model
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import messages, track
@@ -29,7 +31,7 @@ class Run:
     """Everything that is ready before the first step."""
 
     config: TrainConfig
-    """As it was asked for."""
+    """As it was asked for; with ``init_from``, network and preprocessing are filled in."""
     device: torch.device
     """Where it computes."""
     splits: DataSplits
@@ -42,6 +44,8 @@ class Run:
     """timm's preprocessing."""
     folder: Path
     """The run folder."""
+    start: Start | None = None
+    """What came from ``init_from``; nothing in a run that is resumed, whose weights are in its checkpoint."""
 
     @property
     def checkpoints(self) -> Path:
@@ -64,11 +68,19 @@ def prepare(config: TrainConfig, resume: Path | None) -> Run:
     splits = open_data(config.data)
     if not isinstance(splits.train, Stream) and len(splits.train) < 2:
         raise ValueError(f"{config.data.source} has {len(splits.train)} image to train on; two are the least")
+    source = load_model(config.init_from) if config.init_from is not None and resume is None else None
+    config = _filled_in(config, source)
     lightning.seed_everything(config.seed, verbose=False)
     model = create_model(config.model, **{"num_classes": len(splits.class_names), **config.model_args})
     if getattr(model, "num_classes", None) != len(splits.class_names):
         raise ValueError(
             f"{config.model} was given num_classes={model.num_classes} for {len(splits.class_names)} classes"
+        )
+    start = start_from(model, splits.class_names, source) if source is not None else None
+    if start is not None and start.inherited and config.freeze_epochs:
+        raise ValueError(
+            f"freeze_epochs={config.freeze_epochs} would freeze PSA modules that have only just inherited and must "
+            "learn; use --freeze_epochs 0 when the network comes from a ResNet"
         )
     data_config = _resolve_data_config(config, model)
     Classifier(model, splits.class_names, config).configure_optimizers()  # says what timm does not have
@@ -82,6 +94,27 @@ def prepare(config: TrainConfig, resume: Path | None) -> Run:
         model=model,
         data_config=data_config,
         folder=folder,
+        start=start,
+    )
+
+
+def _filled_in(config: TrainConfig, source: LoadedModel | None) -> TrainConfig:
+    """The configuration with what ``init_from`` decides where the user left it out, so that a resumed run needs only
+    its own folder."""
+    if source is None:
+        return replace(config, model="epsanet50_small") if config.model == "auto" else config
+    if config.model == "auto":
+        args = {key: value for key, value in get_model_args(source.model).items() if key != "num_classes"}
+        name = source.model.pretrained_cfg["architecture"]
+        config = replace(config, model=name, model_args={**args, **config.model_args})
+    height, width = source.data_config["input_size"][1:]
+    found = {
+        "input_size": height if height == width else None,
+        **{key: source.data_config[key] for key in ("crop_pct", "interpolation", "mean", "std")},
+    }
+    data = config.data
+    return replace(
+        config, data=replace(data, **{key: value for key, value in found.items() if getattr(data, key) is None})
     )
 
 
@@ -101,7 +134,7 @@ def _run_folder(config: TrainConfig, resume: Path | None) -> Path:
 
 def _resolve_data_config(config: TrainConfig, model: Any) -> dict[str, Any]:
     data = config.data
-    wanted: dict[str, Any] = {"crop_pct": data.crop_pct, "interpolation": data.interpolation}
+    wanted: dict[str, Any] = {key: getattr(data, key) for key in ("crop_pct", "interpolation", "mean", "std")}
     if data.input_size is not None:
         wanted["input_size"] = (3, data.input_size, data.input_size)
     return resolve_data_config({key: value for key, value in wanted.items() if value is not None}, model=model)

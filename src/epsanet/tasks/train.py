@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import lightning
 import torch
 import yaml
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.nn import functional as F
 
 from epsanet._files import atomic_file
 from epsanet.data.loaders import TrainLoader, evaluation_loader, train_loader
@@ -26,7 +30,7 @@ from epsanet.tasks.callbacks import (
     TrainingInterrupted,
 )
 from epsanet.tasks.card import model_card
-from epsanet.tasks.classification import Classifier
+from epsanet.tasks.classification import Classifier, DivergedError
 from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.console import console, duration, quiet_lightning
 from epsanet.tasks.devices import processor_name
@@ -115,15 +119,22 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
         raise ValueError(f"{config.data.source} has fewer images than one batch; lower --data.batch_size")
     _save_first_batch(run)
     history = History(run.folder / "metrics.csv")
-    module = Classifier(run.model, run.splits.class_names, config, len(loader))
+    updates = math.ceil(len(loader) / config.accumulate_grad_batches)
+    module = Classifier(run.model, run.splits.class_names, config, updates)
+    if config.compile:
+        run.model.compile()  # in place, so that names of weights stay as they are
     with quiet_lightning():
         trainer = lightning.Trainer(
             accelerator=run.device.type,
             devices=[run.device.index or 0] if run.device.type == "cuda" else 1,
             precision=config.precision,
             max_epochs=config.schedule.epochs,
+            accumulate_grad_batches=config.accumulate_grad_batches,
+            gradient_clip_val=config.optimizer.clip_grad,
             logger=TensorBoardLogger(run.folder, name="", version="tensorboard") if has_tensorboard() else False,
             callbacks=[
+                # First, so that what is saved after a step has the average of that step.
+                *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay is not None else []),
                 history,
                 Reporter(history),
                 RandomStates(),
@@ -148,13 +159,25 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
             use_distributed_sampler=False,
             log_every_n_steps=min(50, len(loader)),
         )
-        trainer.fit(
-            module,
-            loader,
-            evaluation_loader(run.splits.val, config.data, run.data_config),
-            ckpt_path=str(run.checkpoints / "last.ckpt") if checkpoint is not None else None,
-        )
+        try:
+            trainer.fit(
+                module,
+                loader,
+                evaluation_loader(run.splits.val, config.data, run.data_config),
+                ckpt_path=str(run.checkpoints / "last.ckpt") if checkpoint is not None else None,
+            )
+        except DivergedError as error:
+            raise DivergedError(f"{error}; {_list_images(run, error.images)}", error.images) from error
     return history
+
+
+def _list_images(run: Run, images: list[str]) -> str:
+    """Write down the images of the batch that diverged, and say where."""
+    if not images:
+        return "its images came from a stream"
+    with atomic_file(run.folder / "diverged.txt") as temporary:
+        temporary.write_text("\n".join(images) + "\n", encoding="utf-8")
+    return f"the {len(images)} images of its batch are listed in {shown(run.folder / 'diverged.txt')}"
 
 
 def _save_first_batch(run: Run) -> None:
@@ -162,13 +185,28 @@ def _save_first_batch(run: Run) -> None:
         run.splits.train, dataclasses.replace(run.config.data, workers=0), run.data_config, run.config.seed
     )
     images, labels, _ = next(iter(preview))
+    names = run.splits.class_names
+    mixer = Classifier(run.model, names, run.config).mixer
+    targets = F.one_hot(labels, len(names))
+    if mixer is not None:
+        images, targets = mixer(images, labels, epoch=0, batch=0)
     save_batch(
         run.folder / "train_batch.png",
         images,
-        [run.splits.class_names[label] for label in labels.tolist()],
+        [_target_title(target, names) for target in targets],
         run.data_config["mean"],
         run.data_config["std"],
         "training images as the network sees them",
+    )
+
+
+def _target_title(target: Tensor, names: list[str]) -> str:
+    """The class of an image, or ``37 % cat, 63 % dog`` of one that was mixed of two."""
+    shares, places = target.float().topk(min(2, len(names)))
+    if len(places) < 2 or shares[1] < 0.05:  # the rest is label smoothing
+        return names[int(places[0])]
+    return ", ".join(
+        f"{share:.0%} {names[place]}" for share, place in zip(shares.tolist(), places.tolist(), strict=True)
     )
 
 
