@@ -25,9 +25,11 @@ from epsanet.data.images import IMAGE_SUFFIXES
 FORWARD = """
 import sys, torch
 from epsanet.network.weights import load_model
+from epsanet.tasks.inference import inference_network
 name, count, batch_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 loaded = load_model(name)
-network = loaded.model.to(memory_format=torch.channels_last)
+network = inference_network(loaded.model, loaded.data_config["input_size"], torch.device("cpu"))
+network = network.to(memory_format=torch.channels_last)
 images = torch.randn(batch_size, *loaded.data_config["input_size"]).to(memory_format=torch.channels_last)
 with torch.inference_mode():
     for first in range(0, count, batch_size):
