@@ -284,6 +284,18 @@ def test_a_bundle_is_not_exported_again(bundles: dict[str, Exported], tmp_path: 
         export(bundles["onnx"].folder, tmp_path / "bundle", ExportConfig(), note=ignore)
 
 
+def test_bundles_are_told_apart_by_their_state(bundles: dict[str, Exported], tmp_path: Path) -> None:
+    """Prediction resumes by the state of a model: another bundle must not go on where this one stopped."""
+    states = {kind: load_model(found.folder).model.state_dict()["digest"] for kind, found in bundles.items()}
+    assert not torch.equal(states["onnx"], states["pt2"])
+    shutil.copytree(bundles["openvino"].folder, tmp_path / "copy")
+    assert torch.equal(load_model(tmp_path / "copy").model.state_dict()["digest"], states["openvino"])
+    weights = bytearray((tmp_path / "copy" / "network.bin").read_bytes())
+    weights[100] ^= 1
+    (tmp_path / "copy" / "network.bin").write_bytes(weights)
+    assert not torch.equal(load_model(tmp_path / "copy").model.state_dict()["digest"], states["openvino"])
+
+
 def test_a_bundle_can_be_moved(bundles: dict[str, Exported], tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(bundles["openvino"].folder, moved)
