@@ -162,7 +162,7 @@ def test_a_network_that_answers_differently_is_refused_and_an_older_bundle_stays
 def test_int8_keeps_the_accuracy_on_the_digits_and_reports_what_the_runtime_does(
     kind: str, digits_folder: Path, bundles: dict[str, Exported], tmp_path: Path
 ) -> None:
-    config = ExportConfig(format=kind, int8=True, calibrate="digits")  # type: ignore[arg-type]
+    config = ExportConfig(format=kind, int8=True, calibrate="digits", agreement=90)  # type: ignore[arg-type]
     found = export(digits_folder, tmp_path / "bundle", config, note=ignore)
     loaded = load_model(digits_folder)
     check = digits("test", loaded, 500)
