@@ -162,7 +162,7 @@ def test_a_network_that_answers_differently_is_refused_and_an_older_bundle_stays
 def test_int8_keeps_the_accuracy_on_the_digits_and_reports_what_the_runtime_does(
     kind: str, digits_folder: Path, bundles: dict[str, Exported], tmp_path: Path
 ) -> None:
-    config = ExportConfig(format=kind, int8=True, calibrate="digits")  # type: ignore[arg-type]
+    config = ExportConfig(format=kind, int8=True, calibrate="digits", agreement=90)  # type: ignore[arg-type]
     found = export(digits_folder, tmp_path / "bundle", config, note=ignore)
     loaded = load_model(digits_folder)
     check = digits("test", loaded, 500)
@@ -282,6 +282,18 @@ def test_a_missing_library_names_the_line_to_install(
 def test_a_bundle_is_not_exported_again(bundles: dict[str, Exported], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="an exported bundle already"):
         export(bundles["onnx"].folder, tmp_path / "bundle", ExportConfig(), note=ignore)
+
+
+def test_bundles_are_told_apart_by_their_state(bundles: dict[str, Exported], tmp_path: Path) -> None:
+    """Prediction resumes by the state of a model: another bundle must not go on where this one stopped."""
+    states = {kind: load_model(found.folder).model.state_dict()["digest"] for kind, found in bundles.items()}
+    assert not torch.equal(states["onnx"], states["pt2"])
+    shutil.copytree(bundles["openvino"].folder, tmp_path / "copy")
+    assert torch.equal(load_model(tmp_path / "copy").model.state_dict()["digest"], states["openvino"])
+    weights = bytearray((tmp_path / "copy" / "network.bin").read_bytes())
+    weights[100] ^= 1
+    (tmp_path / "copy" / "network.bin").write_bytes(weights)
+    assert not torch.equal(load_model(tmp_path / "copy").model.state_dict()["digest"], states["openvino"])
 
 
 def test_a_bundle_can_be_moved(bundles: dict[str, Exported], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ has it).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
@@ -37,10 +38,14 @@ class RuntimeNetwork(nn.Module):
         run: gives logits for images.
         num_classes: of the logits.
         size: height and width that the network was exported for, when it takes no others.
+        digest: of its files; the module's only state, by which one bundle can be told from another.
     """
 
-    def __init__(self, run: Callable[[Tensor], Tensor], num_classes: int, size: tuple[int, int] | None) -> None:
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], num_classes: int, size: tuple[int, int] | None, digest: bytes
+    ) -> None:
         super().__init__()
+        self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))
         self.run, self.num_classes, self.size = run, num_classes, size
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -78,7 +83,14 @@ def read_bundle(folder: Path) -> tuple[RuntimeNetwork, dict[str, Any]]:
     _, height, width = description["data_config"]["input_size"]
     run = open_runtime(description["format"], path, (1, *description["data_config"]["input_size"]))
     fixed = None if description["dynamic_size"] else (height, width)
-    return RuntimeNetwork(run, len(description["label_names"]), fixed), description
+    return RuntimeNetwork(run, len(description["label_names"]), fixed, _digest(path)), description
+
+
+def _digest(path: Path) -> bytes:
+    found = hashlib.sha256(path.read_bytes())
+    if path.with_suffix(".bin").is_file():
+        found.update(path.with_suffix(".bin").read_bytes())
+    return found.digest()
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
