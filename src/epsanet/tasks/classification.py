@@ -11,6 +11,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from epsanet._processes import agree, mean, world_size
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.scores import Evaluation, Score
 
@@ -39,9 +40,10 @@ class Classifier(lightning.LightningModule):
         self.class_names, self.config, self.updates_per_epoch = class_names, config, updates_per_epoch
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing if config else 0.0)
         self.score = Score(len(class_names))
-        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss = MeanMetric(nan_strategy="disable", sync_on_compute=False)  # of all processes as it is
         self.train_loss.persistent(True)  # so that a run resumed within an epoch reports the whole epoch
         self.evaluation: Evaluation | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer batches to evaluate than processes
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape ``N, classes``."""
@@ -55,10 +57,16 @@ class Classifier(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], _: int) -> Tensor:
         images, labels, positions = batch
         loss: Tensor = self.criterion(self(images), labels)
+        overall = mean(loss.detach())
+        if not torch.isfinite(overall):
+            agree(lambda: self._check_loss(loss, positions))
+            raise DivergedError("the losses of the processes add up to no finite number")
+        self.train_loss.update(overall, len(labels))
+        return loss
+
+    def _check_loss(self, loss: Tensor, positions: Tensor) -> None:
         if not torch.isfinite(loss):
             raise DivergedError(self._where_it_diverged(loss.item(), positions.tolist()))
-        self.train_loss.update(loss.detach(), len(labels))
-        return loss
 
     def _where_it_diverged(self, loss: float, positions: list[int]) -> str:
         optimizer, loader = self.trainer.optimizers[0], self.trainer.train_dataloader
@@ -83,6 +91,16 @@ class Classifier(lightning.LightningModule):
     def on_train_epoch_end(self) -> None:
         self.log("train_loss", self.train_loss.compute())
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of a step in all processes; a run goes on only with as many."""
+        assert self.config is not None
+        return self.config.data.batch_size * world_size()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the order of the images and the schedule rest on."""
+        checkpoint["images_per_step"] = self.images_per_step
 
     def configure_optimizers(self) -> Any:
         assert self.config is not None

@@ -29,11 +29,14 @@ def announce(run: Run, *, resumed: bool) -> None:
     table = Table.grid(padding=(0, 2))
     height, width = run.data_config["input_size"][1:]
     table.add_row("network", f"{config.model}, {parameters:,} parameters, input {height}×{width}")
-    threads = f", {counted(torch.get_num_threads(), 'thread')}" if run.device.type == "cpu" else ""
-    table.add_row("device", f"{run.device}{threads}, precision {config.precision}")
-    table.add_row(
-        "batch", f"{counted(config.data.batch_size, 'image')}, {counted(worker_count(config.data), 'worker')}"
-    )
+    device, count, batch = run.processes.device, run.processes.world_size, config.data.batch_size
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    table.add_row("device", f"{device}{threads}, precision {config.precision}")
+    together = ""
+    if count > 1:
+        table.add_row("processes", f"{count:,} on {counted(run.processes.nodes, 'node')}; of each:")
+        together = f" ({batch * count:,} a step)"
+    table.add_row("batch", f"{counted(batch, 'image')}{together}, {counted(worker_count(config.data), 'worker')}")
     schedule, optimizer = config.schedule, config.optimizer
     table.add_row(
         "training", f"{counted(schedule.epochs, 'epoch')}, {optimizer.opt}, lr {optimizer.lr:g} {schedule.sched}"

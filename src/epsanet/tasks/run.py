@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
 
+from epsanet._processes import agree, first, rank, world_size
 from epsanet.data.check import CheckReport, check_images
 from epsanet.data.loaders import evaluation_transform, train_transform
 from epsanet.data.sources import DataSplits, open_data
@@ -19,7 +21,7 @@ from epsanet.network.weights import create_model
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import messages, track
-from epsanet.tasks.devices import resolve_device
+from epsanet.tasks.launch import Processes
 
 __all__ = ["Run", "prepare"]
 
@@ -30,8 +32,8 @@ class Run:
 
     config: TrainConfig
     """As it was asked for."""
-    device: torch.device
-    """Where it computes."""
+    processes: Processes
+    """Where they compute."""
     splits: DataSplits
     """Images that can be read."""
     reports: list[CheckReport]
@@ -49,19 +51,43 @@ class Run:
         return self.folder / "checkpoints"
 
 
-def prepare(config: TrainConfig, resume: Path | None) -> Run:
+def prepare(config: TrainConfig, processes: Processes, folder: Path | None) -> Run:
     """Everything that can fail for the user's reasons, before anything is written.
 
     Args:
         config: of the run.
-        resume: the run folder to go on in, if any.
+        processes: that take part; each has to call this.
+        folder: the run folder where it is known and this run's own; found or refused when left out.
 
     Raises:
-        ValueError: for what cannot run.
+        ValueError: for what cannot run, in all processes where it is so in one.
     """
-    folder = _run_folder(config, resume)
-    device = resolve_device(config.device)
-    splits = open_data(config.data)
+    folder = folder or first(lambda: _run_folder(config))
+    splits = _open_data(config)
+    model, data_config = agree(lambda: _build(config, processes, splits))
+    reports = agree(lambda: _check(splits, config))
+    if rank():  # each process has its own noise, of dropout for example, but all have the same first weights
+        lightning.seed_everything((config.seed + rank()) % 2**32, verbose=False)
+    return Run(
+        config=config,
+        processes=processes,
+        splits=splits,
+        reports=reports,
+        model=model,
+        data_config=data_config,
+        folder=folder,
+    )
+
+
+def _open_data(config: TrainConfig) -> DataSplits:
+    """The first process of each node goes first: it may have to download or to unpack."""
+    early = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    splits = agree(lambda: open_data(config.data) if early else None)
+    return agree(lambda: splits or open_data(config.data))
+
+
+def _build(config: TrainConfig, processes: Processes, splits: DataSplits) -> tuple[Any, dict[str, Any]]:
+    """The network and its preprocessing; says what timm does not have."""
     if not isinstance(splits.train, Stream) and len(splits.train) < 2:
         raise ValueError(f"{config.data.source} has {len(splits.train)} image to train on; two are the least")
     lightning.seed_everything(config.seed, verbose=False)
@@ -71,28 +97,22 @@ def prepare(config: TrainConfig, resume: Path | None) -> Run:
             f"{config.model} was given num_classes={model.num_classes} for {len(splits.class_names)} classes"
         )
     data_config = _resolve_data_config(config, model)
-    Classifier(model, splits.class_names, config).configure_optimizers()  # says what timm does not have
+    Classifier(model, splits.class_names, config).configure_optimizers()
     _build_transforms(config, data_config)
-    reports = _check(splits, config)
-    return Run(
-        config=config,
-        device=device,
-        splits=splits,
-        reports=reports,
-        model=model,
-        data_config=data_config,
-        folder=folder,
-    )
+    if config.sync_batchnorm:
+        if processes.device.type != "cuda":
+            raise ValueError(f"sync_batchnorm=true is for GPUs; torch has none on {processes.device.type}")
+        if world_size() > 1:
+            model = convert_sync_batchnorm(model)
+    return model, data_config
 
 
-def _run_folder(config: TrainConfig, resume: Path | None) -> Path:
-    if resume is not None:
-        return resume.resolve()
+def _run_folder(config: TrainConfig) -> Path:
     if config.output is None:
         name = Path(config.data.source).name or "run"
         return (Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     folder = Path(config.output).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not entry.name.startswith(".") for entry in folder.iterdir())):
         raise ValueError(
             f"{config.output} is there already; choose another --output, or go on with --resume {config.output}"
         )
