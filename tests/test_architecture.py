@@ -27,7 +27,8 @@ MAY_MEET = {("cli", "web")}  # on one floor, and yet the first may import the se
 
 def part_of(module: str) -> str:
     """The part of the house a dotted module name belongs to; the package itself is ``""``."""
-    return [*module.split("."), ""][1]
+    part = [*module.split("."), ""][1]
+    return "cli" if part == "__main__" else part
 
 
 def imported(source: str, module: str, *, package: bool = False) -> Iterator[str]:
