@@ -39,6 +39,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk does not say what it had no room for
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -49,8 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        print(f"epsanet: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(error)
         return _EXIT_USER
+
+
+def _print_error(error: Exception) -> None:
+    """One line, from the process that the error is of."""
+    processes: Any = sys.modules.get("epsanet._processes")  # absent while torch has not been needed
+    if processes is not None and isinstance(error, processes.OtherProcessError):
+        return
+    place = processes.rank() if processes is not None else 0
+    print(f"epsanet: {f'process {place}: ' * (place > 0)}{' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _normalised(words: list[str]) -> list[str]:
@@ -261,6 +270,7 @@ def _recipe_as_config(words: list[str]) -> list[str]:
     named = place < len(words) and not words[place].startswith("-")
     flags = words[place + named :]
     resume = next((_flag_value(flags, place) for place, word in enumerate(flags) if word.startswith("--resume")), None)
+    resume = None if resume == "auto" else resume
     if resume is not None and named:
         raise ValueError("--resume goes on with the run's own recipe; leave the recipe out")
     if any(word.startswith(("--config", "-h", "--help")) for word in flags) and not named:
@@ -282,6 +292,7 @@ def _flag_value(words: list[str], place: int) -> str:
 
 
 def _train(values: dict[str, Any]) -> int:
+    from epsanet._processes import rank
     from epsanet.tasks.config import TrainConfig
     from epsanet.tasks.train import TrainingInterrupted, train
 
@@ -290,7 +301,8 @@ def _train(values: dict[str, Any]) -> int:
     try:
         train(TrainConfig(**values), resume=resume)
     except TrainingInterrupted as stop:
-        print(stop)
+        if rank() == 0:
+            print(stop)
         return _EXIT_INTERRUPTED
     return 0
 
@@ -298,11 +310,14 @@ def _train(values: dict[str, Any]) -> int:
 def _evaluate(values: dict[str, Any]) -> int:
     from rich.table import Table
 
+    from epsanet._processes import rank
     from epsanet.tasks.console import console
     from epsanet.tasks.evaluate import evaluate
 
     as_json = values.pop("json")
     result = evaluate(values.pop("model"), values.pop("data"), **values)
+    if rank() > 0:
+        return 0
     if as_json:
         print(json.dumps(result.as_dict(), indent=2, ensure_ascii=False))
         return 0

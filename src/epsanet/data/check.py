@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from epsanet._processes import agree, gather, rank, world_size
 from epsanet.data.images import ImageError, image_size, read_image
 from epsanet.data.samples import Samples, Subset
 
@@ -53,7 +54,7 @@ def check_images(
         items
     ),
 ) -> tuple[Samples, CheckReport]:
-    """Read all images of a split, in threads, and leave the damaged ones out.
+    """Read all images of a split, in threads, and leave the damaged ones out; several processes share the work.
 
     Args:
         samples: the split.
@@ -78,19 +79,26 @@ def check_images(
         except (OSError, SyntaxError, ValueError) as error:
             return f"damaged: {error}"
 
+    def look_at_share() -> dict[int, tuple[int, int] | str]:
+        share, found = range(rank(), len(samples), world_size()), {}
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            for position, result in zip(share, progress(pool.map(look, share), len(share)), strict=True):
+                found[position] = result
+                if isinstance(result, str) and on_bad_image == "raise":
+                    pool.shutdown(cancel_futures=True)
+                    break
+        return found
+
+    results = {position: result for part in gather(agree(look_at_share)) for position, result in part.items()}
     good, sizes, bad = [], [], {}
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for position, result in enumerate(progress(pool.map(look, range(len(samples))), len(samples))):
-            if not isinstance(result, str):
-                good.append(position)
-                sizes.append(result)
-                continue
-            if on_bad_image == "raise":
-                pool.shutdown(cancel_futures=True)
-                raise ValueError(
-                    f"{samples.name(position)}: {result}; mend or remove it, or use --data.on_bad_image=skip"
-                )
-            bad[samples.name(position)] = result
+    for position, result in sorted(results.items()):
+        if not isinstance(result, str):
+            good.append(position)
+            sizes.append(result)
+            continue
+        if on_bad_image == "raise":
+            raise ValueError(f"{samples.name(position)}: {result}; mend or remove it, or use --data.on_bad_image=skip")
+        bad[samples.name(position)] = result
     if not good:
         raise ValueError(
             f"the {title} split has no readable image; the first: {next(iter(bad.items()), 'it is empty')}"

@@ -38,7 +38,7 @@ class DataConfig:
     check: Literal["full", "headers"] = "full"
     """Before the first epoch, decode every image, or read headers only (quicker on millions of images)."""
     batch_size: int = 64
-    """Images a step."""
+    """Images a step in each process."""
     workers: int | None = None
     """Processes that load images; as many as cores, at most 8, when left out (none for digits)."""
     input_size: int | None = None

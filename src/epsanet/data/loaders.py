@@ -1,7 +1,8 @@
 """Batches out: transforms, the order of an epoch, and loaders that can go on from the middle of one.
 
 The order of the images is a function of (seed, epoch), the augmentation of an image one of (seed, epoch, position):
-neither depends on the number of workers, nor on where a run was interrupted.
+neither depends on the number of workers, nor on where a run was interrupted. Several processes take the batches of one:
+``n`` with batches of ``b`` images train on what one with batches of ``n * b`` would, and evaluate each image once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision import transforms
 
+from epsanet._processes import rank, world_size
 from epsanet.data.config import DataConfig
 from epsanet.data.images import ImageError, read_image
 from epsanet.data.samples import Samples
@@ -148,22 +150,22 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
 
 
 class EpochOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, position) pairs in an order drawn from (seed, epoch).
+    """Batches of (epoch, position) pairs in an order drawn from (seed, epoch); each process has its slice of a step.
 
-    The last batch is dropped when it is not full, unless it is the only one.
+    The last step is dropped when it is not full, unless it is the only one.
 
     Args:
-        length: number of images.
-        batch_size: images a batch.
+        length: number of images, at least one for each process.
+        batch_size: images a batch in each process.
         seed: of the order.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int) -> None:
-        self.length, self.batch_size, self.seed = length, min(batch_size, length), seed
+        self.length, self.batch_size, self.seed = length, min(batch_size, length // world_size()), seed
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
-        return self.length // self.batch_size
+        return self.length // (self.batch_size * world_size())
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the next order for this epoch."""
@@ -173,10 +175,31 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
         start, self.start = self.start, 0
         generator = torch.Generator().manual_seed(zlib.crc32(np.array([self.seed, self.epoch]).tobytes()))
         order = torch.randperm(self.length, generator=generator).tolist()
-        for batch in range(start, len(self)):
-            yield [
-                (self.epoch, position) for position in order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            ]
+        for step in range(start, len(self)):
+            place = (step * world_size() + rank()) * self.batch_size
+            yield [(self.epoch, position) for position in order[place : place + self.batch_size]]
+
+
+class EvaluationOrder(Sampler[list[int]]):
+    """Every so many batches of those that one process would see, so that several give its numbers to the last bit.
+
+    Args:
+        length: number of images.
+        batch_size: images a batch.
+    """
+
+    def __init__(self, length: int, batch_size: int) -> None:
+        self.length, self.batch_size = length, batch_size
+
+    def _starts(self) -> range:
+        return range(rank() * self.batch_size, self.length, world_size() * self.batch_size)
+
+    def __len__(self) -> int:
+        return len(self._starts())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self._starts():
+            yield list(range(start, min(start + self.batch_size, self.length)))
 
 
 class TrainLoader(DataLoader[Any]):
@@ -341,6 +364,9 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
         config: batch size, workers and augmentation.
         data_config: preprocessing as timm resolves it.
         seed: of order and augmentation.
+
+    Raises:
+        ValueError: when there are more processes than images.
     """
     transform = train_transform(config, data_config)
     workers = worker_count(config)
@@ -353,12 +379,14 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
     if isinstance(samples, Stream):
         stream = StreamDataset(samples, transform, config.batch_size, seed, config.on_bad_image)
         return TrainLoader(stream, batch_size=stream.batch_size, drop_last=True, **common)
+    if len(samples) < world_size():
+        raise ValueError(f"{config.source} has {len(samples)} images to train on for {world_size()} processes")
     order = EpochOrder(len(samples), config.batch_size, seed)
     return TrainLoader(ImageDataset(samples, transform, seed, config.on_bad_image), batch_sampler=order, **common)
 
 
 def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config: dict[str, Any]) -> DataLoader[Any]:
-    """Batches ``images, labels, positions``, each image once, in order.
+    """Batches ``images, labels, positions``, each image once in one of the processes, in order.
 
     Args:
         samples: a split.
@@ -367,15 +395,13 @@ def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config
     """
     transform = evaluation_transform(data_config)
     workers = worker_count(config)
-    dataset: Any
+    common: dict[str, Any] = {
+        "num_workers": workers,
+        "worker_init_fn": _leave_signals_to_the_main_process,
+        "generator": torch.Generator(),
+    }
     if isinstance(samples, Stream):
-        dataset = StreamDataset(samples, transform, config.batch_size, on_bad_image=config.on_bad_image)
-    else:
-        dataset = ImageDataset(samples, transform)
-    return DataLoader(
-        dataset,
-        batch_size=config.batch_size,
-        num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_main_process,
-        generator=torch.Generator(),
-    )
+        stream = StreamDataset(samples, transform, config.batch_size, on_bad_image=config.on_bad_image)
+        return DataLoader(stream, batch_size=config.batch_size, **common)
+    order = EvaluationOrder(len(samples), config.batch_size)
+    return DataLoader(ImageDataset(samples, transform), batch_sampler=order, **common)

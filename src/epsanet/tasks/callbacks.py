@@ -1,4 +1,4 @@
-"""What Lightning calls along the way: progress, history, interruption, random states, checkpoints on disk."""
+"""What Lightning calls along the way: progress, history, random states, when to save, interruption."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from typing import Any, NoReturn
 import lightning
 import numpy as np
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 
 from epsanet._files import atomic_file
+from epsanet._processes import gather, largest, rank
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.console import console, duration, progress_bar
 from epsanet.tasks.report import MUCH_WAITING, data_advice, shown
 
 __all__ = [
-    "AtomicCheckpointIO",
-    "Checkpoint",
-    "GracefulStop",
     "History",
+    "LastCheckpoint",
     "RandomStates",
     "Reporter",
     "TrainingInterrupted",
@@ -42,69 +40,36 @@ class TrainingInterrupted(Exception):  # noqa: N818 - no error: the user asked f
     """Training stopped on request, after saving."""
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints are whole or absent, and hold nothing that could run when read."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write to a temporary file in the same folder, sync, rename."""
-        if storage_options is not None:
-            raise TypeError("storage_options are not supported")
-        with atomic_file(path) as temporary:
-            torch.save(checkpoint, temporary)
-
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Read tensors and plain values only."""
-        del weights_only  # never less than True
-        return torch.load(path, map_location=map_location, weights_only=True)
-
-
-class Checkpoint(ModelCheckpoint):
-    """Keeps the epoch of the highest score; of equal ones the last, which was trained longest."""
-
-    def check_monitor_top_k(self, trainer: lightning.Trainer, current: Tensor | None = None) -> bool:
-        """Whether this score is as good as the best."""
-        equal = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
-        return equal or super().check_monitor_top_k(trainer, current)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score along when the run folder has been moved; the best epoch lies in it as before."""
-
-        def here(path: str) -> str:
-            return str(Path(self.dirpath or "") / Path(path).name) if path else ""
-
-        moved = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **moved, "best_k_models": scores, "dirpath": self.dirpath})
-
-
 class RandomStates(Callback):
-    """The states of Python's, NumPy's and torch's generators go into the checkpoint and come back from it."""
+    """The states of Python's, NumPy's and torch's generators in every process go into the checkpoint and come back."""
 
-    _states: dict[str, Any] | None = None
+    _states: list[dict[str, Any]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         version, keys, gauss = random.getstate()
         kind, words, place, has_gauss, cached = np.random.get_state(legacy=True)
-        return {
+        own = {
             "python": [version, list(keys), gauss],
             "numpy": [kind, [int(word) for word in words], int(place), int(has_gauss), float(cached)],
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all(),
         }
+        return {"processes": gather(own)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._states = state_dict
+        self._states = state_dict["processes"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
-        if self._states is None:
+        if self._states is None or rank() >= len(self._states):
             return
-        version, keys, gauss = self._states["python"]
+        states = self._states[rank()]
+        version, keys, gauss = states["python"]
         random.setstate((version, tuple(keys), gauss))
-        kind, words, place, has_gauss, cached = self._states["numpy"]
+        kind, words, place, has_gauss, cached = states["numpy"]
         np.random.set_state((kind, np.array(words, dtype=np.uint32), place, has_gauss, cached))
-        torch.set_rng_state(self._states["torch"])
-        if self._states["cuda"]:
-            torch.cuda.set_rng_state_all(self._states["cuda"])
+        torch.set_rng_state(states["torch"])
+        if states["cuda"]:
+            torch.cuda.set_rng_state_all(states["cuda"])
 
 
 class History(Callback):
@@ -164,6 +129,8 @@ class History(Callback):
                 "seconds": round(self.seconds, 3),
             }
         )
+        if rank():
+            return
         with atomic_file(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.rows[0])
             writer.writeheader()
@@ -218,17 +185,23 @@ class Reporter(Callback):
         self.bar.stop()
 
 
-class GracefulStop(Callback):
-    """Ctrl-C and SIGTERM end the run after the current step, saved; a second Ctrl-C ends it at once.
+class LastCheckpoint(CheckpointCallback):
+    """Saves where training stands: at the end of each epoch, every so often within one, and before a stop.
+
+    Ctrl-C and SIGTERM, to whichever process, end the run after the current step, saved; a second Ctrl-C ends it at
+    once. Lightning calls it after all other callbacks, because it is one for checkpoints: what they keep is complete.
 
     Args:
-        checkpoint: where to save when the stop falls within an epoch.
+        path: where to save.
+        minutes: between two savings within an epoch.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, path: Path, minutes: float) -> None:
+        self.path, self.seconds = path, 60 * minutes
         self.asked = False
         self._before: dict[int, Any] = {}
+        self._step = -1
+        self._saved = time.monotonic()
 
     def _ask(self, number: int, _: Any) -> None:
         if self.asked and number == signal.SIGINT:
@@ -237,30 +210,37 @@ class GracefulStop(Callback):
         console.print("stopping after this step; Ctrl-C again stops at once, without saving it")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self._saved, self._step = time.monotonic(), trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,  # noqa: ARG002
-        outputs: Any,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,
-    ) -> None:
-        # After the last batch of an epoch comes its validation; the stop waits for it and for the epoch's checkpoint.
-        # Gradients that are still being summed up are in no checkpoint; the stop waits for their step.
-        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self.asked and whole and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            trainer.save_checkpoint(self.checkpoint)
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        # After the last batch of an epoch comes its validation; all waits for it and for the epoch's checkpoint.
+        # Between two optimiser steps there are gradients, which no checkpoint holds.
+        if trainer.global_step == self._step or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        self._step = trainer.global_step
+        due = time.monotonic() - self._saved >= self.seconds
+        stop, save = largest([int(self.asked), int(due)], trainer.strategy.root_device)
+        if stop or save:
+            self._save(trainer)
+        if stop:
             self._stop(f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}")
 
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved = time.monotonic()
+
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
-        if self.asked:
+        (stop,) = largest([int(self.asked)], trainer.strategy.root_device)
+        if stop:
             self._stop(f"the end of epoch {trainer.current_epoch}")
 
     def _stop(self, place: str) -> NoReturn:
-        run = shlex.quote(shown(self.checkpoint.parents[1]))
+        run = shlex.quote(shown(self.path.parents[1]))
         raise TrainingInterrupted(f"stopped at {place} and saved; go on with: epsanet train --resume {run}")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002

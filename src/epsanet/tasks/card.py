@@ -38,6 +38,7 @@ def model_card(
     evaluation: Evaluation,
     epoch: int,
     seconds: float,
+    processes: int,
     hardware: str,
 ) -> str:
     """Markdown under the Hub's metadata, which hold the result for programs to read.
@@ -52,12 +53,14 @@ def model_card(
         evaluation: the result on it.
         epoch: whose weights these are.
         seconds: that training took.
+        processes: that trained together.
         hardware: name of the processor or GPU.
     """
     data, optimizer, schedule = Path(config.data.source).name, config.optimizer, config.schedule
     names = ", ".join(class_names[:20]) + (", …" if len(class_names) > 20 else "")
     role = "it had no part in training" if split == "test" else "it also chose the epoch"
     low, high = evaluation.interval
+    batch = f"batch {config.data.batch_size}" + (f" in each of {processes} processes" if processes > 1 else "")
     result = (
         f"| {split} | {evaluation.images:,} | {evaluation.top1:.2f} | {low:.2f} to {high:.2f} "
         f"| {evaluation.top5:.2f} | {evaluation.loss:.4f} |"
@@ -83,7 +86,7 @@ The weights are those of epoch {epoch} of {schedule.epochs}, the best on the val
 ## Training
 
 {optimizer.opt}, learning rate {optimizer.lr:g} ({schedule.sched}), weight decay {optimizer.weight_decay:g},
-batch {config.data.batch_size}, label smoothing {config.label_smoothing:g}, seed {config.seed}, {config.precision};
+{batch}, label smoothing {config.label_smoothing:g}, seed {config.seed}, {config.precision};
 {duration(seconds)} on {hardware} ({counted(torch.get_num_threads(), "thread")}), torch {torch.__version__},
 {time.strftime("%Y-%m-%d")}.
 

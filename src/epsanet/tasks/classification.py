@@ -12,6 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from epsanet._processes import agree, mean, world_size
 from epsanet.data.mixing import Mixer
 from epsanet.network.inherit import classifier_names
 from epsanet.tasks.config import TrainConfig
@@ -51,9 +52,10 @@ class Classifier(lightning.LightningModule):
         self.class_names, self.config, self.updates_per_epoch = class_names, config, updates_per_epoch
         self.mixer, self.criterion = _mixer_and_loss(config, len(class_names))
         self.score = Score(len(class_names))
-        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss = MeanMetric(nan_strategy="disable", sync_on_compute=False)  # of all processes as it is
         self.train_loss.persistent(True)  # so that a run resumed within an epoch reports the whole epoch
         self.evaluation: Evaluation | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer batches to evaluate than processes
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape ``N, classes``."""
@@ -86,10 +88,16 @@ class Classifier(lightning.LightningModule):
         if self.mixer is not None:
             images, labels = self.mixer(images, labels, epoch=self.current_epoch, batch=index, process=self.global_rank)
         loss: Tensor = self.criterion(self(images), labels)
+        overall = mean(loss.detach())
+        if not torch.isfinite(overall):
+            agree(lambda: self._check_loss(loss, positions))
+            raise DivergedError("the losses of the processes add up to no finite number", [])
+        self.train_loss.update(overall, len(labels))
+        return loss
+
+    def _check_loss(self, loss: Tensor, positions: Tensor) -> None:
         if not torch.isfinite(loss):
             raise self._diverged(loss.item(), positions.tolist())
-        self.train_loss.update(loss.detach(), len(labels))
-        return loss
 
     def _diverged(self, loss: float, positions: list[int]) -> DivergedError:
         samples = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "samples", None)
@@ -113,6 +121,16 @@ class Classifier(lightning.LightningModule):
     def on_train_epoch_end(self) -> None:
         self.log("train_loss", self.train_loss.compute())
         self.log("lr", self.learning_rate)
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of a step in all processes; a run goes on only with as many."""
+        assert self.config is not None
+        return self.config.data.batch_size * world_size()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the order of the images and the schedule rest on."""
+        checkpoint["images_per_step"] = self.images_per_step
 
     def configure_optimizers(self) -> Any:
         assert self.config is not None

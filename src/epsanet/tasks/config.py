@@ -111,10 +111,18 @@ class TrainConfig:
     """Of weights, order and augmentation; a run with the same seed on the same machine gives the same numbers."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps; auto takes the first accelerator there is."""
+    devices: int = 1
+    """Processes on this machine, with a device each (DistributedDataParallel); torchrun says it itself."""
+    nodes: int = 1
+    """Machines; torchrun says it itself."""
+    sync_batchnorm: bool = False
+    """Whether batch norms take their statistics over the batches of all processes; on GPUs only."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Lightning's name of the arithmetic."""
     compile: bool = False
     """Whether torch.compile makes code for the network; the first steps are then slow, and a compiler is needed."""
+    train_time_interval: float = 15.0
+    """Minutes between two checkpoints within an epoch; one is saved at the end of each epoch anyway."""
     output: str | None = None
     """Run folder; runs/DATA-TIME when left out."""
 
@@ -138,6 +146,11 @@ class TrainConfig:
             )
         if self.freeze_epochs and self.init_from is None:
             raise ValueError("freeze_epochs would freeze random weights; name trained ones with --init_from")
+        for name in ("devices", "nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is impossible; use 1 or more")
+        if not self.train_time_interval >= 0:
+            raise ValueError(f"train_time_interval={self.train_time_interval} is impossible; use 0 or more minutes")
 
 
 def recipe_names() -> list[str]:
@@ -166,7 +179,12 @@ def train_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of the flags below, the same as naming it RECIPE")
-    parser.add_argument("--resume", type=str | None, default=None, help="Run folder to go on from, in the same folder.")
+    parser.add_argument(
+        "--resume",
+        type=str | None,
+        default=None,
+        help="Run folder to go on from, in the same folder; auto: go on in --output if a run is there, else start it.",
+    )
     parser.add_class_arguments(TrainConfig)
     return parser
 

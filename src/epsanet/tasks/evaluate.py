@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
+from epsanet._processes import agree
 from epsanet.data.check import check_images
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import evaluation_loader
@@ -21,6 +21,7 @@ from epsanet.tasks.classification import Classifier
 from epsanet.tasks.console import messages, progress_bar, quiet_lightning, track
 from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.inference import inference_network
+from epsanet.tasks.launch import Processes, launch
 from epsanet.tasks.scores import Evaluation
 
 __all__ = ["evaluate", "evaluate_module"]
@@ -44,26 +45,27 @@ class _Bar(Callback):
         self.bar.stop()
 
 
-def evaluate_module(module: Classifier, loader: DataLoader[Any], device: torch.device, precision: Any) -> Evaluation:
-    """Run a classifier over a loader by Lightning.
+def evaluate_module(module: Classifier, loader: DataLoader[Any], processes: Processes, precision: Any) -> Evaluation:
+    """Run a classifier over a loader by Lightning; with the weights of the first process in all.
 
     Args:
         module: the classifier.
         loader: batches ``images, labels, positions``.
-        device: where.
+        processes: that take part; each has to call this.
         precision: Lightning's name of the arithmetic.
+
+    Returns:
+        The same in all processes.
     """
     with quiet_lightning():
         trainer = lightning.Trainer(
-            accelerator=device.type,
-            devices=[device.index or 0] if device.type == "cuda" else 1,
+            **processes.trainer_arguments(),
             precision=precision,
             logger=False,
             callbacks=[_Bar()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            use_distributed_sampler=False,
         )
         trainer.validate(module, loader, verbose=False)
     assert module.evaluation is not None
@@ -79,7 +81,7 @@ def evaluate(
     precision: str = "32-true",
     note: Callable[[str], None] = messages.print,
 ) -> Evaluation:
-    """How good a model is on a split, each readable image counted once.
+    """How good a model is on a split, each readable image counted once; under torchrun, the processes share them.
 
     Args:
         model: whatever ``load_model`` takes, or a loaded model.
@@ -93,18 +95,20 @@ def evaluate(
     Raises:
         ValueError: for a model, data set or device that is not there, or classes that do not fit.
     """
-    place = resolve_device(device)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
-    samples, name, notes = open_split(data, split, loaded.class_names)
+    processes = launch(resolve_device(device))
+    loaded = agree(lambda: model if isinstance(model, LoadedModel) else load_model(model))
+    samples, name, notes = agree(lambda: open_split(data, split, loaded.class_names))
     for text in notes:
         note(text)
     if not isinstance(samples, Stream):
-        samples, report = check_images(
-            samples,
-            name,
-            on_bad_image=data.on_bad_image,
-            depth=data.check,
-            progress=lambda items, total: track(items, total, f"checking {name}"),
+        samples, report = agree(
+            lambda: check_images(
+                samples,
+                name,
+                on_bad_image=data.on_bad_image,
+                depth=data.check,
+                progress=lambda items, total: track(items, total, f"checking {name}"),
+            )
         )
         for bad, reason in report.bad.items():
             note(f"skipped {bad}: {reason}")
@@ -115,5 +119,7 @@ def evaluate(
         if getattr(data, key) is not None:
             data_config[key] = getattr(data, key)
     loader = evaluation_loader(samples, data, data_config)
-    network = inference_network(loaded.model, data_config["input_size"], place, precision, note)
-    return evaluate_module(Classifier(network, loaded.class_names), loader, place, precision)
+    network = agree(
+        lambda: inference_network(loaded.model, data_config["input_size"], processes.device, precision, note)
+    )
+    return evaluate_module(Classifier(network, loaded.class_names), loader, processes, precision)

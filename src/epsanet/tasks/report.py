@@ -31,11 +31,15 @@ def announce(run: Run, *, resumed: bool) -> None:
     table.add_row("network", f"{config.model}, {parameters:,} parameters, input {height}×{width}")
     if run.start is not None:
         table.add_row("starts from", f"{config.init_from}: {run.start}")
-    threads = f", {counted(torch.get_num_threads(), 'thread')}" if run.device.type == "cpu" else ""
-    table.add_row("device", f"{run.device}{threads}, precision {config.precision}")
+    device, count, batch = run.processes.device, run.processes.world_size, config.data.batch_size
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    table.add_row("device", f"{device}{threads}, precision {config.precision}")
+    if count > 1:
+        table.add_row("processes", f"{count:,} on {counted(run.processes.nodes, 'node')}; of each:")
     several = f", {config.accumulate_grad_batches} batches a step" if config.accumulate_grad_batches > 1 else ""
+    together = f" ({batch * count:,} together)" if count > 1 else ""
     table.add_row(
-        "batch", f"{counted(config.data.batch_size, 'image')}{several}, {counted(worker_count(config.data), 'worker')}"
+        "batch", f"{counted(batch, 'image')}{together}{several}, {counted(worker_count(config.data), 'worker')}"
     )
     schedule, optimizer = config.schedule, config.optimizer
     frozen = f", the first {config.freeze_epochs} for the classifier only" if config.freeze_epochs else ""

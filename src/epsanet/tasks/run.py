@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import get_model_args
 
+from epsanet._processes import agree, first, rank, world_size
 from epsanet.data.check import CheckReport, check_images
 from epsanet.data.loaders import evaluation_transform, train_transform
 from epsanet.data.sources import DataSplits, open_data
@@ -21,7 +23,7 @@ from epsanet.network.weights import LoadedModel, create_model, load_model
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import messages, track
-from epsanet.tasks.devices import resolve_device
+from epsanet.tasks.launch import Processes
 
 __all__ = ["Run", "prepare"]
 
@@ -32,8 +34,8 @@ class Run:
 
     config: TrainConfig
     """As it was asked for; with ``init_from``, network and preprocessing are filled in."""
-    device: torch.device
-    """Where it computes."""
+    processes: Processes
+    """Where they compute."""
     splits: DataSplits
     """Images that can be read."""
     reports: list[CheckReport]
@@ -53,22 +55,50 @@ class Run:
         return self.folder / "checkpoints"
 
 
-def prepare(config: TrainConfig, resume: Path | None) -> Run:
+def prepare(config: TrainConfig, processes: Processes, folder: Path | None, *, resumed: bool) -> Run:
     """Everything that can fail for the user's reasons, before anything is written.
 
     Args:
         config: of the run.
-        resume: the run folder to go on in, if any.
+        processes: that take part; each has to call this.
+        folder: the run folder where it is known and this run's own; found or refused when left out.
+        resumed: whether weights come from a checkpoint, and not from ``init_from``.
 
     Raises:
-        ValueError: for what cannot run.
+        ValueError: for what cannot run, in all processes where it is so in one.
     """
-    folder = _run_folder(config, resume)
-    device = resolve_device(config.device)
-    splits = open_data(config.data)
+    folder = folder or first(lambda: _run_folder(config))
+    splits = _open_data(config)
+    config, model, data_config, start = agree(lambda: _build(config, processes, splits, resumed=resumed))
+    reports = agree(lambda: _check(splits, config))
+    if rank():  # each process has its own noise, of dropout for example, but all have the same first weights
+        lightning.seed_everything((config.seed + rank()) % 2**32, verbose=False)
+    return Run(
+        config=config,
+        processes=processes,
+        splits=splits,
+        reports=reports,
+        model=model,
+        data_config=data_config,
+        folder=folder,
+        start=start,
+    )
+
+
+def _open_data(config: TrainConfig) -> DataSplits:
+    """The first process of each node goes first: it may have to download or to unpack."""
+    early = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    splits = agree(lambda: open_data(config.data) if early else None)
+    return agree(lambda: splits or open_data(config.data))
+
+
+def _build(
+    config: TrainConfig, processes: Processes, splits: DataSplits, *, resumed: bool
+) -> tuple[TrainConfig, Any, dict[str, Any], Start | None]:
+    """The network, its preprocessing and what it starts from; says what timm does not have."""
     if not isinstance(splits.train, Stream) and len(splits.train) < 2:
         raise ValueError(f"{config.data.source} has {len(splits.train)} image to train on; two are the least")
-    source = load_model(config.init_from) if config.init_from is not None and resume is None else None
+    source = load_model(config.init_from) if config.init_from is not None and not resumed else None
     config = _filled_in(config, source)
     lightning.seed_everything(config.seed, verbose=False)
     model = create_model(config.model, **{"num_classes": len(splits.class_names), **config.model_args})
@@ -83,19 +113,14 @@ def prepare(config: TrainConfig, resume: Path | None) -> Run:
             "learn; use --freeze_epochs 0 when the network comes from a ResNet"
         )
     data_config = _resolve_data_config(config, model)
-    Classifier(model, splits.class_names, config).configure_optimizers()  # says what timm does not have
+    Classifier(model, splits.class_names, config).configure_optimizers()
     _build_transforms(config, data_config)
-    reports = _check(splits, config)
-    return Run(
-        config=config,
-        device=device,
-        splits=splits,
-        reports=reports,
-        model=model,
-        data_config=data_config,
-        folder=folder,
-        start=start,
-    )
+    if config.sync_batchnorm:
+        if processes.device.type != "cuda":
+            raise ValueError(f"sync_batchnorm=true is for GPUs; torch has none on {processes.device.type}")
+        if world_size() > 1:
+            model = convert_sync_batchnorm(model)
+    return config, model, data_config, start
 
 
 def _filled_in(config: TrainConfig, source: LoadedModel | None) -> TrainConfig:
@@ -118,14 +143,12 @@ def _filled_in(config: TrainConfig, source: LoadedModel | None) -> TrainConfig:
     )
 
 
-def _run_folder(config: TrainConfig, resume: Path | None) -> Path:
-    if resume is not None:
-        return resume.resolve()
+def _run_folder(config: TrainConfig) -> Path:
     if config.output is None:
         name = Path(config.data.source).name or "run"
         return (Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     folder = Path(config.output).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not entry.name.startswith(".") for entry in folder.iterdir())):
         raise ValueError(
             f"{config.output} is there already; choose another --output, or go on with --resume {config.output}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
+from torchmetrics import CatMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 __all__ = ["Evaluation", "Score", "accuracy_interval", "probabilities"]
@@ -79,7 +80,10 @@ class Evaluation:
 
 
 class Score(nn.Module):
-    """Counts over batches, by torchmetrics; nothing of it is part of a checkpoint.
+    """Counts over batches and processes, by torchmetrics; nothing of it is part of a checkpoint.
+
+    The result does not depend on which process saw which image, nor in what order, to the last bit: counts are whole
+    numbers, and the sum of the losses is rounded once (Shewchuk, 1997).
 
     Args:
         num_classes: outputs of the network.
@@ -89,24 +93,24 @@ class Score(nn.Module):
         super().__init__()
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro", validate_args=False)
-        self.loss = MeanMetric(nan_strategy="disable")
+        self.losses = CatMetric(nan_strategy="disable")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: logits of shape ``N, classes``, labels of shape ``N``."""
         logits = logits.float()
         self.confusion.update(logits.argmax(1), labels)
         self.top5.update(logits, labels)
-        self.loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        self.losses.update(F.cross_entropy(logits, labels, reduction="none"))
 
     def result(self, class_names: list[str]) -> Evaluation:
-        """What has been counted."""
+        """What has been counted in all processes; each of them has to ask."""
         confusion = self.confusion.compute().cpu().numpy()
         correct, total = int(np.trace(confusion)), int(confusion.sum())
         return Evaluation(
             images=total,
             top1=100 * correct / max(total, 1),
             top5=100 * float(self.top5.compute()),
-            loss=float(self.loss.compute()),
+            loss=math.fsum(self.losses.compute().double().tolist()) / max(total, 1),
             interval=accuracy_interval(correct, total),
             class_names=class_names,
             confusion=confusion,
@@ -114,7 +118,7 @@ class Score(nn.Module):
 
     def reset(self) -> None:
         """Start anew."""
-        for metric in (self.confusion, self.top5, self.loss):
+        for metric in (self.confusion, self.top5, self.losses):
             metric.reset()
 
 

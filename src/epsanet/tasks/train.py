@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -17,27 +17,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from epsanet._files import atomic_file
+from epsanet._processes import agree, first, is_lost, rank
 from epsanet.data.loaders import TrainLoader, evaluation_loader, train_loader
-from epsanet.network.foreign import reason_without_advice
 from epsanet.network.weights import load_model, save_model
 from epsanet.tasks.callbacks import (
-    AtomicCheckpointIO,
-    Checkpoint,
-    GracefulStop,
     History,
+    LastCheckpoint,
     RandomStates,
     Reporter,
     TrainingInterrupted,
 )
 from epsanet.tasks.card import model_card
+from epsanet.tasks.checkpoints import BEST, LAST, AtomicCheckpointIO, BestCheckpoint, read
 from epsanet.tasks.classification import Classifier, DivergedError
 from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.console import console, duration, quiet_lightning
-from epsanet.tasks.devices import processor_name
+from epsanet.tasks.devices import processor_name, resolve_device
 from epsanet.tasks.evaluate import evaluate_module
 from epsanet.tasks.figures import save_batch, save_confusion_matrix, save_curves
 from epsanet.tasks.inference import inference_network
+from epsanet.tasks.launch import launch
 from epsanet.tasks.report import announce, has_tensorboard, next_commands, shown
+from epsanet.tasks.resume import find_start, run_config
 from epsanet.tasks.run import Run, prepare
 from epsanet.tasks.scores import Evaluation
 
@@ -62,47 +63,35 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
     """Train a classifier, test its best checkpoint, and write a run folder.
 
     The folder holds ``config.yaml``, ``metrics.csv``, TensorBoard events, ``curves.png``, ``confusion_matrix.png``,
-    ``train_batch.png``, ``checkpoints/last.ckpt`` and ``best.ckpt``, and the model folder ``model/``.
+    ``train_batch.png``, ``checkpoints/`` with ``last.ckpt``, ``previous.ckpt`` and ``best.ckpt``, and the model folder
+    ``model/``. With several processes, each calls this, and the first writes.
 
     Args:
         config: the run; the recipe ``digits``, or the one that is resumed, when left out.
-        resume: a run folder to go on from; its last checkpoint restores weights, optimiser, schedule, random states
-            and the best score, also within an epoch.
+        resume: a run folder to go on from; its newest sound checkpoint restores weights, optimiser, schedule, random
+            states and the best score, also within an epoch. ``"auto"``: go on in ``config.output`` if a run is there,
+            else start it; this is what a worker does that torchrun has restarted.
 
     Raises:
         ValueError: for a configuration that cannot run, before anything is written.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    checkpoint = None
-    if resume is not None:
-        resume = Path(resume)
-        checkpoint = _read_checkpoint(resume)
-        config = load_recipe(str(resume / "config.yaml")) if config is None else config
-    run = prepare(config or load_recipe(), resume)
+    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        resume = "auto"
+    if config is None:
+        config = load_recipe() if resume in (None, "auto") else load_recipe(str(run_config(Path(str(resume)))))
+    processes = launch(resolve_device(config.device), config.devices, config.nodes)
+    folder, checkpoint = first(lambda: find_start(config, resume, processes))
+    run = prepare(config, processes, folder, resumed=checkpoint is not None)
     announce(run, resumed=checkpoint is not None)
-    _write_start(run)
-    history = _fit(run, checkpoint)
-    return _finish(run, history)
-
-
-def _read_checkpoint(folder: Path) -> dict[str, Any]:
-    path = folder / "checkpoints" / "last.ckpt"
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is no run folder: it has no config.yaml; --resume takes a folder made by training")
-    if not path.is_file():
-        raise ValueError(f"{path} is not there, so there is nothing to resume; start anew without --resume")
+    agree(lambda: _write_start(run) if rank() == 0 else None)
     try:
-        checkpoint: dict[str, Any] = AtomicCheckpointIO().load_checkpoint(path)
-        if not {"state_dict", "optimizer_states", "loops", "callbacks"} <= checkpoint.keys():
-            raise ValueError("it is no training checkpoint")
-        if any("hyper_parameters" in key for key in checkpoint):  # Lightning can be made to call what they name
-            raise ValueError("it holds hyper-parameters, which no training of epsanet writes")
-    except Exception as error:  # torch raises what unpickling meets
-        best = path.with_name("best.ckpt")
-        reason = reason_without_advice(error)
-        hint = f"; {best.name} beside it may be sound: copy it over {path.name}" if best.is_file() else ""
-        raise ValueError(f"{path} is damaged: {reason}{hint}") from error
-    return checkpoint
+        history = _fit(run, checkpoint)
+    except RuntimeError as error:
+        if is_lost(error):
+            raise ValueError("another process has ended, or cannot be reached; what it says tells why") from error
+        raise
+    return _finish(run, history)
 
 
 def _write_start(run: Run) -> None:
@@ -112,12 +101,19 @@ def _write_start(run: Run) -> None:
         temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
-    config = run.config
-    loader = train_loader(run.splits.train, config.data, run.data_config, config.seed)
+def _training_batches(run: Run) -> TrainLoader:
+    """The loader, after the first process has drawn a first batch."""
+    loader = train_loader(run.splits.train, run.config.data, run.data_config, run.config.seed)
     if len(loader) == 0:
-        raise ValueError(f"{config.data.source} has fewer images than one batch; lower --data.batch_size")
-    _save_first_batch(run)
+        raise ValueError(f"{run.config.data.source} has fewer images than one batch; lower --data.batch_size")
+    if rank() == 0:
+        _save_first_batch(run)
+    return loader
+
+
+def _fit(run: Run, checkpoint: Path | None) -> History:
+    config = run.config
+    loader = agree(lambda: _training_batches(run))
     history = History(run.folder / "metrics.csv")
     updates = math.ceil(len(loader) / config.accumulate_grad_batches)
     module = Classifier(run.model, run.splits.class_names, config, updates)
@@ -125,8 +121,7 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
         run.model.compile()  # in place, so that names of weights stay as they are
     with quiet_lightning():
         trainer = lightning.Trainer(
-            accelerator=run.device.type,
-            devices=[run.device.index or 0] if run.device.type == "cuda" else 1,
+            **run.processes.trainer_arguments(frozen=config.freeze_epochs > 0),
             precision=config.precision,
             max_epochs=config.schedule.epochs,
             accumulate_grad_batches=config.accumulate_grad_batches,
@@ -138,25 +133,13 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
                 history,
                 Reporter(history),
                 RandomStates(),
-                GracefulStop(run.checkpoints / "last.ckpt"),
-                Checkpoint(
-                    run.checkpoints,
-                    filename="best",
-                    monitor="val_top1",
-                    mode="max",
-                    enable_version_counter=False,
-                    save_on_train_epoch_end=True,
-                ),
-                # Of its own and after it: save_last=True writes last.ckpt only when there is a new best.
-                Checkpoint(
-                    run.checkpoints, filename="last", enable_version_counter=False, save_on_train_epoch_end=True
-                ),
+                BestCheckpoint(run.checkpoints),
+                LastCheckpoint(run.checkpoints / LAST, config.train_time_interval),
             ],
             plugins=[AtomicCheckpointIO()],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            use_distributed_sampler=False,
             log_every_n_steps=min(50, len(loader)),
         )
         try:
@@ -164,7 +147,7 @@ def _fit(run: Run, checkpoint: dict[str, Any] | None) -> History:
                 module,
                 loader,
                 evaluation_loader(run.splits.val, config.data, run.data_config),
-                ckpt_path=str(run.checkpoints / "last.ckpt") if checkpoint is not None else None,
+                ckpt_path=None if checkpoint is None else str(checkpoint),
             )
         except DivergedError as error:
             raise DivergedError(f"{error}; {_list_images(run, error.images)}", error.images) from error
@@ -212,34 +195,48 @@ def _target_title(target: Tensor, names: list[str]) -> str:
 
 def _finish(run: Run, history: History) -> TrainResult:
     """Test the best checkpoint and leave it as a model folder."""
-    best = AtomicCheckpointIO().load_checkpoint(run.checkpoints / "best.ckpt")
-    Classifier(run.model, run.splits.class_names, run.config).load_state_dict(best["state_dict"])
+    epoch, weights = first(lambda: _best(run))
+    Classifier(run.model, run.splits.class_names, run.config).load_state_dict(weights)
     split = "val" if run.splits.test is None else "test"
     loader = evaluation_loader(getattr(run.splits, split), run.config.data, run.data_config)
-    network = inference_network(run.model, run.data_config["input_size"], run.device, run.config.precision)
+    network = inference_network(run.model, run.data_config["input_size"], run.processes.device, run.config.precision)
     module = Classifier(network, run.splits.class_names)
-    evaluation = evaluate_module(module, loader, run.device, run.config.precision)
+    evaluation = evaluate_module(module, loader, run.processes, run.config.precision)
+    result = TrainResult(run=run.folder, model=run.folder / "model", split=split, evaluation=evaluation)
+    if rank() == 0:
+        _write_result(run, result, history, epoch)
+    return result
+
+
+def _best(run: Run) -> tuple[int, dict[str, Tensor]]:
+    """Number and weights of the best epoch."""
+    best = read(run.checkpoints / BEST)
+    return best["epoch"] + 1, best["state_dict"]
+
+
+def _write_result(run: Run, result: TrainResult, history: History, epoch: int) -> None:
+    """Pictures, the model folder, and what to do with it."""
+    title = f"{result.split} split of {run.splits.name}"
     save_curves(run.folder / "curves.png", history.rows)
-    save_confusion_matrix(run.folder / "confusion_matrix.png", evaluation, f"{split} split of {run.splits.name}")
-    folder = run.folder / "model"
+    save_confusion_matrix(run.folder / "confusion_matrix.png", result.evaluation, title)
     run.model.to(device="cpu", memory_format=torch.contiguous_format)
-    hardware = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor_name()
+    device = run.processes.device
     card = model_card(
         config=run.config,
         parameters=sum(parameter.numel() for parameter in run.model.parameters()),
         class_names=run.splits.class_names,
         input_size=run.data_config["input_size"],
         licence=run.model.pretrained_cfg.get("license"),
-        split=split,
-        evaluation=evaluation,
-        epoch=best["epoch"] + 1,
+        split=result.split,
+        evaluation=result.evaluation,
+        epoch=epoch,
         seconds=history.seconds,
-        hardware=hardware,
+        processes=run.processes.world_size,
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
     )
-    save_model(folder, run.model, run.splits.class_names, run.data_config, card)
-    load_model(folder)  # what was written can be read
-    console.print(f"\n{split} {evaluation} with the best checkpoint, of epoch {best['epoch'] + 1}", style="bold")
+    save_model(result.model, run.model, run.splits.class_names, run.data_config, card)
+    load_model(result.model)  # what was written can be read
+    console.print(f"\n{result.split} {result.evaluation} with the best checkpoint, of epoch {epoch}", style="bold")
     waited = f"{100 * history.data_wait:.0f} % of its steps' time waiting for images"
-    console.print(f"training took {duration(history.seconds)}, {waited}; the model is in {shown(folder)}\n")
-    console.print(next_commands(run, folder, split))
-    return TrainResult(run=run.folder, model=folder, split=split, evaluation=evaluation)
+    console.print(f"training took {duration(history.seconds)}, {waited}; the model is in {shown(result.model)}\n")
+    console.print(next_commands(run, result.model, result.split))
