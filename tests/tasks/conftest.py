@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forking import Forks
 from making import class_folders
 from tasks_reading import CLASSES
 
@@ -98,3 +99,32 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small: Callable[..., Train
         result = train(config)
     logits, labels = recorder.last(result.evaluation.images)
     return Recorded(result=result, config=config, printed=text.getvalue(), logits=logits, labels=labels)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs of the command line in processes that need not import anything."""
+    server = Forks()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command line of a run of two epochs of three steps of 16 images, with stochastic depth."""
+    root = tmp_path_factory.mktemp("tiny")
+    for start, (split, count) in enumerate({"train": 16, "val": 5, "test": 4}.items()):
+        class_folders(root / split, dict.fromkeys(CLASSES, count), start=100 * start, size=10)
+    flags = {
+        "data": root,
+        "model": "epsanet14_tiny",
+        "model_args": "{drop_path_rate: 0.2}",
+        "data.input_size": 8,
+        "data.batch_size": 16,
+        "data.workers": 0,
+        "data.scale": "[0.5, 1]",
+        "optimizer.lr": 0.02,
+        "schedule.epochs": 2,
+        "device": "cpu",
+    }
+    return ["train", "digits", *(f"--{key}={value}" for key, value in flags.items())]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import lightning
 import torch
 
 from epsanet._processes import rank
-from epsanet.tasks.console import console, messages
+from epsanet.tasks.console import console, messages, quiet_lightning
 
 __all__ = ["Processes", "launch"]
 
@@ -69,9 +68,9 @@ def launch(device: torch.device, devices: int = 1, nodes: int = 1) -> Processes:
         raise ValueError(f"device {str(device)!r} is for one process; with several, use cpu or cuda")
     if device.type == "cuda" and devices > torch.cuda.device_count():
         raise ValueError(f"{devices} processes need as many CUDA devices; here are {torch.cuda.device_count()}")
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    fabric = lightning.Fabric(accelerator=device.type, devices=devices, num_nodes=nodes, strategy="ddp")
-    fabric.launch()
+    with quiet_lightning():
+        fabric = lightning.Fabric(accelerator=device.type, devices=devices, num_nodes=nodes, strategy="ddp")
+        fabric.launch()
     console.quiet = messages.quiet = rank() > 0
     return Processes(device=fabric.device, devices=devices, nodes=nodes)
 

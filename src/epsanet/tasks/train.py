@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from epsanet._files import atomic_file
-from epsanet._processes import agree, first, is_lost, rank
+from epsanet._processes import agree, first, gather, is_lost, rank
 from epsanet.data.loaders import TrainLoader, evaluation_loader, train_loader
 from epsanet.network.weights import load_model, save_model
 from epsanet.tasks.callbacks import (
@@ -76,11 +76,11 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
         ValueError: for a configuration that cannot run, before anything is written.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        resume = "auto"
     if config is None:
         config = load_recipe() if resume in (None, "auto") else load_recipe(str(run_config(Path(str(resume)))))
     processes = launch(resolve_device(config.device), config.devices, config.nodes)
+    if resume is None and any(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)):
+        resume = "auto"
     folder, checkpoint = first(lambda: find_start(config, resume, processes))
     run = prepare(config, processes, folder, resumed=checkpoint is not None)
     announce(run, resumed=checkpoint is not None)
