@@ -6,7 +6,8 @@ Everything here is over torch's process group, and does nothing much where there
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ __all__ = [
     "connected",
     "first",
     "gather",
-    "is_lost",
+    "in_company",
     "largest",
     "mean",
     "rank",
@@ -27,15 +28,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-_LOST = (
-    "onnection closed",
-    "onnection reset",
-    "roken pipe",
-    "onnection refused",
-    "imed out",
-    "imeout",
-    "onnection was",
-)
+_LOST = ("onnection closed", "onnection reset", "onnection refused", "roken pipe", "imed out", "timeout")
+"""In messages of Gloo and NCCL."""
 
 
 class OtherProcessError(ValueError):
@@ -99,9 +93,19 @@ def first(function: Callable[[], T]) -> T:
     return values[0]  # type: ignore[return-value]
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process does not answer any more."""
-    return connected() and isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
+@contextmanager
+def in_company() -> Iterator[None]:
+    """Say so in one line when another process does not answer any more.
+
+    Raises:
+        ValueError: instead of the process group's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if connected() and any(text in str(error) for text in _LOST):
+            raise ValueError("another process has ended, or cannot be reached; what it said tells why") from error
+        raise
 
 
 def mean(value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 import yaml
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from tasks_reading import same_state
 from test_train import checkpoint, metrics
 
+from epsanet.tasks.checkpoints import AtomicCheckpointIO
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.scores import Score
@@ -165,18 +168,33 @@ def finished_copy(trained: Any, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "words", "other"])
-def test_a_damaged_checkpoint_is_named_and_nothing_starts_anew(damage: str, trained: Any, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_newest_sound_one_is_used(
+    damage: str, trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = finished_copy(trained, tmp_path / "run")
     last = run / "checkpoints" / "last.ckpt"
     whole = last.read_bytes()
     if damage == "other":
-        torch.save({"weights": torch.ones(2)}, last)
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(2)}, last.with_name("else.ckpt"))
+        last.with_name("else.ckpt").replace(last)
     else:
         last.write_bytes({"cut": whole[: len(whole) // 2], "emptied": b"", "words": b"no checkpoint"}[damage])
+    last.with_name("best.ckpt").unlink()
+    train(resume=run)
+    assert re.search(r"last\.ckpt is damaged: .*going on from previous\.ckpt, of step 10", capsys.readouterr().err)
+    same_run(run, trained.result.run)
+
+
+def test_a_run_without_a_sound_checkpoint_is_left_as_it_is(trained: Any, tmp_path: Path) -> None:
+    run = finished_copy(trained, tmp_path / "run")
+    for path in (run / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-5])
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    with pytest.raises(ValueError, match=r"last\.ckpt is damaged: .*best\.ckpt beside it may be sound") as raised:
-        train(resume=run)
-    assert "\n" not in str(raised.value)
+    for resume, output in ((run, None), ("auto", str(run))):
+        config = dataclasses.replace(trained.config, output=output)
+        with pytest.raises(ValueError, match=r"last.*previous.*best\.ckpt is damaged.*nothing to resume") as raised:
+            train(config, resume=resume)
+        assert "\n" not in str(raised.value)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -186,10 +204,51 @@ def test_a_checkpoint_that_would_run_code_is_refused(trained: Any, tmp_path: Pat
             return (Path(tmp_path / "ran").touch, ())
 
     run = finished_copy(trained, tmp_path / "run")
-    torch.save({"state_dict": Evil()}, run / "checkpoints" / "last.ckpt")
-    with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
+    for path in (run / "checkpoints").iterdir():
+        AtomicCheckpointIO().save_checkpoint({"state_dict": Evil()}, path)
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged: torch cannot load it"):
         train(resume=run)
     assert not (tmp_path / "ran").exists()
+
+
+def test_auto_starts_a_run_goes_on_in_it_and_asks_for_its_folder(
+    trained: Any, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run")
+    stop_after(monkeypatch, 7)
+    with pytest.raises(TrainingInterrupted):
+        train(config, resume="auto")
+    assert checkpoint(tmp_path / "run")["global_step"] == 8
+    train(config, resume="auto")
+    same_run(tmp_path / "run", trained.result.run)
+    with pytest.raises(ValueError, match=r"--resume auto needs --output"):
+        train(dataclasses.replace(config, output=None), resume="auto")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    with pytest.raises(ValueError, match=r"torchrun --max-restarts needs --output"):
+        train(dataclasses.replace(config, output=None))
+
+
+def test_checkpoints_within_an_epoch_follow_the_clock(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, saved = [0.0], []
+    step, save = Classifier.training_step, lightning.Trainer.save_checkpoint
+
+    def a_minute_later(self: Classifier, batch: Any, index: int) -> torch.Tensor:
+        now[0] += 60
+        return step(self, batch, index)
+
+    def listen(self: lightning.Trainer, path: Any, *rest: Any, **options: Any) -> None:
+        if Path(path).name == "last.ckpt":
+            saved.append(self.global_step)
+        save(self, path, *rest, **options)
+
+    monkeypatch.setattr("epsanet.tasks.callbacks.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Classifier, "training_step", a_minute_later)
+    monkeypatch.setattr(lightning.Trainer, "save_checkpoint", listen)
+    train(small(tmp_path / "run", train_time_interval=2.0))
+    # Every two minutes, and at the end of each epoch of five steps.
+    assert saved == [2, 4, 5, 7, 9, 10, 12, 14, 15]
 
 
 def test_a_folder_that_is_no_run_or_has_no_checkpoint_says_so(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ from epsanet.tasks.config import (
         (ScheduleConfig, {"warmup_epochs": -1}, r"warmup_epochs=-1"),
         (TrainConfig, {"label_smoothing": 1.0}, r"label_smoothing=1\.0 .* up to below 1"),
         (TrainConfig, {"label_smoothing": -0.1}, r"label_smoothing=-0\.1"),
+        (TrainConfig, {"devices": 0}, r"devices=0 .* 1 or more"),
+        (TrainConfig, {"nodes": -1}, r"nodes=-1 .* 1 or more"),
+        (TrainConfig, {"train_time_interval": -1.0}, r"train_time_interval=-1\.0 .* 0 or more minutes"),
     ],
 )
 def test_an_impossible_value_is_refused(build: Callable[..., Any], options: dict[str, Any], message: str) -> None:

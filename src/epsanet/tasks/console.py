@@ -82,16 +82,20 @@ def duration(seconds: float) -> str:
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Lightning's advice, hidden where it is about choices made on purpose."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
             warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
             warnings.filterwarnings("ignore", message=".*using `sync_dist=True`.*")  # ours are of all processes
+            # Of 1×1 filters, whose memory is the same in both layouts.
+            warnings.filterwarnings("ignore", message="(?s).*Grad strides do not match bucket view strides.*")
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

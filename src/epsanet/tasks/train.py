@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from epsanet._files import atomic_file
-from epsanet._processes import agree, first, gather, is_lost, rank
+from epsanet._processes import agree, first, gather, in_company, rank
 from epsanet.data.loaders import TrainLoader, evaluation_loader, train_loader
 from epsanet.network.weights import load_model, save_model
 from epsanet.tasks.callbacks import (
@@ -79,19 +79,15 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
     if config is None:
         config = load_recipe() if resume in (None, "auto") else load_recipe(str(run_config(Path(str(resume)))))
     processes = launch(resolve_device(config.device), config.devices, config.nodes)
-    if resume is None and any(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)):
-        resume = "auto"
-    folder, checkpoint = first(lambda: find_start(config, resume, processes))
-    run = prepare(config, processes, folder, resumed=checkpoint is not None)
-    announce(run, resumed=checkpoint is not None)
-    agree(lambda: _write_start(run) if rank() == 0 else None)
-    try:
+    with in_company():
+        if resume is None and any(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)):
+            resume = "auto"
+        folder, checkpoint = first(lambda: find_start(config, resume, processes))
+        run = prepare(config, processes, folder, resumed=checkpoint is not None)
+        announce(run, resumed=checkpoint is not None)
+        agree(lambda: _write_start(run) if rank() == 0 else None)
         history = _fit(run, checkpoint)
-    except RuntimeError as error:
-        if is_lost(error):
-            raise ValueError("another process has ended, or cannot be reached; what it says tells why") from error
-        raise
-    return _finish(run, history)
+        return _finish(run, history)
 
 
 def _write_start(run: Run) -> None:
