@@ -84,7 +84,7 @@ class Forks:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def run(self, processes: list[Process], limit: float = 120) -> list[int]:
+    def run(self, processes: list[Process], limit: float = 900) -> list[int]:
         """Exit codes of processes that ran at the same time; a signal is negative, and -1000 took too long."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None

@@ -91,7 +91,7 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
             warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-            warnings.filterwarnings("ignore", message=".*using `sync_dist=True`.*")  # ours are of all processes
+            warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # ours are of all processes
             # Of 1×1 filters, whose memory is the same in both layouts.
             warnings.filterwarnings("ignore", message="(?s).*Grad strides do not match bucket view strides.*")
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
