@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from epsanet.data.config import DataConfig
 from epsanet.data.images import read_image
 from epsanet.data.loaders import (
     EpochOrder,
+    EvaluationOrder,
     ImageDataset,
     TrainLoader,
     evaluation_loader,
@@ -237,3 +239,50 @@ def test_workers_follow_the_cores_unless_said_otherwise(monkeypatch: pytest.Monk
     assert worker_count(DataConfig(source="digits")) == 0
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     assert worker_count(DataConfig(source="x")) == 8
+
+
+# Several processes
+
+
+def in_process(patch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+    patch.setattr("epsanet.data.loaders.rank", lambda: rank)
+    patch.setattr("epsanet.data.loaders.world_size", lambda: size)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_processes_of_a_step_have_the_images_of_one_process_with_a_batch_as_large(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = EpochOrder(50, 4 * size, seed=5)
+    one.set_epoch(2)
+    wanted = list(one)
+    shares = []
+    for rank in range(size):
+        in_process(monkeypatch, rank, size)
+        share = EpochOrder(50, 4, seed=5)
+        share.set_epoch(2)
+        assert len(share) == len(one)
+        share.start = 1
+        shares.append(list(share))
+    assert [list(itertools.chain(*step)) for step in zip(*shares, strict=True)] == wanted[1:]
+
+
+@pytest.mark.parametrize(("length", "batch", "size"), [(50, 4, 2), (50, 7, 3), (5, 4, 3), (1, 8, 2)])
+def test_the_processes_evaluate_the_batches_of_one_each_once(
+    length: int, batch: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = list(EvaluationOrder(length, batch))
+    assert list(itertools.chain(*wanted)) == list(range(length))
+    found = []
+    for rank in range(size):
+        in_process(monkeypatch, rank, size)
+        share = EvaluationOrder(length, batch)
+        assert len(share) == len(list(share))
+        found += list(share)
+    assert sorted(found) == wanted
+
+
+def test_more_processes_than_images_are_refused(samples: FolderSamples, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch, 0, 1000)
+    with pytest.raises(ValueError, match=r"images to train on for 1000 processes"):
+        train_loader(samples, config(), PREPROCESSING, seed=0)

@@ -83,7 +83,7 @@ def test_two_machines_train_and_a_killed_worker_is_restarted_or_ends_the_job(
     words = [*tiny_run, *EVERY_STEP, "--data.batch_size=8"]
     jobs = [start(machine, words, tmp_path, kill, restarts) for machine in machines]
     try:
-        codes = [job.wait(timeout=280) for job in jobs]
+        codes = [job.wait(timeout=900) for job in jobs]
     finally:
         for job in jobs:
             if job.poll() is None:
@@ -102,3 +102,19 @@ def test_two_machines_train_and_a_killed_worker_is_restarted_or_ends_the_job(
     assert time.time() - last.stat().st_mtime < 90, "the job ended soon after its last checkpoint"
     assert [inside(machine) for machine in machines] == [[], []]
     assert "another process has ended, or cannot be reached" in said
+
+
+def test_lightning_starts_the_processes_itself(tiny_run: list[str], tmp_path: Path) -> None:
+    words = [*tiny_run, "--data.batch_size=8", "--devices=2", "--output", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "epsanet", *words],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 on 1 node" in done.stdout
+    assert done.stdout.count("epoch 2/2") == 1, "one process speaks"
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["3", "6"]
+    assert len(read(tmp_path / "run" / "checkpoints" / "last.ckpt")["callbacks"]["RandomStates"]["processes"]) == 2

@@ -1,0 +1,43 @@
+"""Processes that do not fit what is here are refused before any is started."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epsanet.tasks.launch import Processes, launch
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "message"),
+    [
+        ("cuda:1", 2, "device 'cuda:1' is for one process; with several, use cpu or cuda"),
+        ("mps", 2, "device 'mps' is for one process"),
+        ("cuda", 64, r"64 processes need as many CUDA devices; here are \d"),
+    ],
+)
+def test_devices_that_are_not_there_or_not_for_several_are_refused(device: str, devices: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch(torch.device(device), devices)
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "asked", "message"),
+    [
+        (4, 2, 3, "torchrun started 2 processes on 2 nodes; leave --devices and --nodes out"),
+        (3, 2, 1, "torchrun started 3 processes, not equally many on each node"),
+    ],
+)
+def test_what_contradicts_torchrun_is_refused(
+    world: int, local: int, asked: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local}.items():
+        monkeypatch.setenv(key, str(value))
+    with pytest.raises(ValueError, match=message):
+        launch(torch.device("cpu"), asked)
+
+
+def test_one_process_is_left_as_it_is() -> None:
+    found = launch(torch.device("cpu"))
+    assert found == Processes(device=torch.device("cpu"))
+    assert not torch.distributed.is_initialized()
