@@ -29,6 +29,7 @@ from torch import Tensor
 
 from epsanet.network.shipped import shipped_folders
 from epsanet.network.weights import load_model
+from epsanet.tasks.checkpoints import AtomicCheckpointIO
 
 GIB = 2**30
 MEMORY, SECONDS = 2 * GIB, 20
@@ -225,7 +226,7 @@ RUNS: dict[str, tuple[dict[str, Any], str, str]] = {
 def write_run(folder: Path, checkpoint: dict[str, Any], recipe: str) -> None:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(recipe or "model: epsanet14_tiny\ndata: {source: digits}\n")
-    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, folder / "checkpoints" / "last.ckpt")  # its checksum is right
 
 
 # --- model folders --------------------------------------------------------------------------------------------------
