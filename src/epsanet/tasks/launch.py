@@ -31,18 +31,18 @@ class Processes:
         """All processes."""
         return self.devices * self.nodes
 
-    def trainer_arguments(self, *, freezes: bool = False) -> dict[str, Any]:
+    def trainer_arguments(self, *, frozen: bool = False) -> dict[str, Any]:
         """What Lightning's ``Trainer`` is to be told.
 
         Args:
-            freezes: whether some weights have no gradient for a while.
+            frozen: whether some weights have no gradient at times; processes do not wait for it then.
         """
         if self.world_size > 1:
             return {
                 "accelerator": self.device.type,
                 "devices": self.devices,
                 "num_nodes": self.nodes,
-                "strategy": "ddp_find_unused_parameters_true" if freezes else "ddp",
+                "strategy": "ddp_find_unused_parameters_true" if frozen else "ddp",
                 "use_distributed_sampler": False,  # our loaders take their share themselves, each image once
             }
         one: Any = [self.device.index or 0] if self.device.type == "cuda" else 1

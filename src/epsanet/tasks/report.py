@@ -36,9 +36,11 @@ def announce(run: Run, *, resumed: bool) -> None:
     table.add_row("device", f"{device}{threads}, precision {config.precision}")
     if count > 1:
         table.add_row("processes", f"{count:,} on {counted(run.processes.nodes, 'node')}; of each:")
-    images = batch * count * config.accumulate_grad_batches
-    together = f" ({images:,} a step)" if images > batch else ""
-    table.add_row("batch", f"{counted(batch, 'image')}{together}, {counted(worker_count(config.data), 'worker')}")
+    several = f", {config.accumulate_grad_batches} batches a step" if config.accumulate_grad_batches > 1 else ""
+    together = f" ({batch * count:,} together)" if count > 1 else ""
+    table.add_row(
+        "batch", f"{counted(batch, 'image')}{together}{several}, {counted(worker_count(config.data), 'worker')}"
+    )
     schedule, optimizer = config.schedule, config.optimizer
     frozen = f", the first {config.freeze_epochs} for the classifier only" if config.freeze_epochs else ""
     table.add_row(

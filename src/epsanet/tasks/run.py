@@ -62,18 +62,27 @@ def prepare(config: TrainConfig, processes: Processes, folder: Path | None, *, r
         config: of the run.
         processes: that take part; each has to call this.
         folder: the run folder where it is known and this run's own; found or refused when left out.
-        resumed: whether a checkpoint has the weights.
+        resumed: whether weights come from a checkpoint, and not from ``init_from``.
 
     Raises:
         ValueError: for what cannot run, in all processes where it is so in one.
     """
     folder = folder or first(lambda: _run_folder(config))
     splits = _open_data(config)
-    built = agree(lambda: _build(config, processes, splits, resumed))
+    config, model, data_config, start = agree(lambda: _build(config, processes, splits, resumed=resumed))
     reports = agree(lambda: _check(splits, config))
     if rank():  # each process has its own noise, of dropout for example, but all have the same first weights
         lightning.seed_everything((config.seed + rank()) % 2**32, verbose=False)
-    return Run(processes=processes, splits=splits, reports=reports, folder=folder, **vars(built))
+    return Run(
+        config=config,
+        processes=processes,
+        splits=splits,
+        reports=reports,
+        model=model,
+        data_config=data_config,
+        folder=folder,
+        start=start,
+    )
 
 
 def _open_data(config: TrainConfig) -> DataSplits:
@@ -83,18 +92,10 @@ def _open_data(config: TrainConfig) -> DataSplits:
     return agree(lambda: splits or open_data(config.data))
 
 
-@dataclass(kw_only=True)
-class _Built:
-    """The part of a run that is the network's; fields as in ``Run``."""
-
-    config: TrainConfig
-    model: Any
-    data_config: dict[str, Any]
-    start: Start | None
-
-
-def _build(config: TrainConfig, processes: Processes, splits: DataSplits, resumed: bool) -> _Built:
-    """The network and its preprocessing; says what timm does not have."""
+def _build(
+    config: TrainConfig, processes: Processes, splits: DataSplits, *, resumed: bool
+) -> tuple[TrainConfig, Any, dict[str, Any], Start | None]:
+    """The network, its preprocessing and what it starts from; says what timm does not have."""
     if not isinstance(splits.train, Stream) and len(splits.train) < 2:
         raise ValueError(f"{config.data.source} has {len(splits.train)} image to train on; two are the least")
     source = load_model(config.init_from) if config.init_from is not None and not resumed else None
@@ -119,7 +120,7 @@ def _build(config: TrainConfig, processes: Processes, splits: DataSplits, resume
             raise ValueError(f"sync_batchnorm=true is for GPUs; torch has none on {processes.device.type}")
         if world_size() > 1:
             model = convert_sync_batchnorm(model)
-    return _Built(config=config, model=model, data_config=data_config, start=start)
+    return config, model, data_config, start
 
 
 def _filled_in(config: TrainConfig, source: LoadedModel | None) -> TrainConfig:

@@ -117,7 +117,7 @@ def _fit(run: Run, checkpoint: Path | None) -> History:
         run.model.compile()  # in place, so that names of weights stay as they are
     with quiet_lightning():
         trainer = lightning.Trainer(
-            **run.processes.trainer_arguments(freezes=config.freeze_epochs > 0),
+            **run.processes.trainer_arguments(frozen=config.freeze_epochs > 0),
             precision=config.precision,
             max_epochs=config.schedule.epochs,
             accumulate_grad_batches=config.accumulate_grad_batches,
@@ -233,6 +233,6 @@ def _write_result(run: Run, result: TrainResult, history: History, epoch: int) -
     save_model(result.model, run.model, run.splits.class_names, run.data_config, card)
     load_model(result.model)  # what was written can be read
     console.print(f"\n{result.split} {result.evaluation} with the best checkpoint, of epoch {epoch}", style="bold")
-    waited = f"{history.data_wait:.0%} of its steps' time waiting for images"
+    waited = f"{100 * history.data_wait:.0f} % of its steps' time waiting for images"
     console.print(f"training took {duration(history.seconds)}, {waited}; the model is in {shown(result.model)}\n")
     console.print(next_commands(run, result.model, result.split))
