@@ -199,7 +199,7 @@ def test_forms_that_are_measured_faster_are_taken_with_the_same_answers(
     found = export(digits_folder, tmp_path / "bundle", ExportConfig(format="onnx", tune=True), note=ignore)
     groups = [conv.groups for conv in load_model(digits_folder).model.layer4[0].conv2.spc.branches]
     assert groups == [1, 4, 8, 16]
-    assert found.forms["layer4.0.conv2"] == [1, 64, 64, 64]
+    assert found.forms["layer4.0.conv2"] == [1, 1, 64, 64]  # 16 channels a group are too many to part
     assert found.milliseconds == {1: (2.0, 1.0), 16: (2.0 / 16, 1.0 / 16)}
     assert found.agreement.largest < 1e-4
     images = torch.randn(2, 3, 16, 16)
