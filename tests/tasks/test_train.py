@@ -246,7 +246,7 @@ def test_the_digits_recipe_loses_the_same_with_native_and_with_reference_kernels
         )
         losses.append([])
         # Of the first steps only: a ReLU that flips on the last bit sends two trainings apart, whatever computes them.
-        for images, labels, _ in itertools.islice(loader, 4):
+        for images, labels, _ in itertools.islice(loader, 3):
             with kernels.use(choice):
                 loss = torch.nn.functional.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
@@ -254,7 +254,7 @@ def test_the_digits_recipe_loses_the_same_with_native_and_with_reference_kernels
                 optimizer.step()
             losses[-1].append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert losses[0][3] != losses[0][0]
+    assert losses[0][2] != losses[0][0]
 
 
 @pytest.mark.parametrize(
