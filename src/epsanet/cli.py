@@ -232,6 +232,8 @@ def _models_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
+    task = Literal["classification", "detection"]
+    parser.add_argument("--task", type=task, default="classification", help="Networks, or the paper's detectors.")
     parser.add_argument("--json", action="store_true", help="Print the table as JSON.")
     return parser
 
@@ -450,6 +452,8 @@ def _explain(values: dict[str, Any]) -> int:
 
 
 def _models(values: dict[str, Any]) -> int:
+    if values["task"] == "detection":
+        return _detectors(as_json=values["json"])
     from rich import box
     from rich.table import Table
 
@@ -493,6 +497,38 @@ def _models(values: dict[str, Any]) -> int:
         table.add_row(found.name, size, str(found.classes), kibibytes, top1, found.measured_on or "")
     console.print(table)
     console.print("epsanet predict NAME IMAGES, or timm.create_model(NAME, pretrained=True); no download.")
+    return 0
+
+
+def _detectors(*, as_json: bool) -> int:
+    from rich import box
+    from rich.table import Table
+
+    from epsanet.study.cost import detector_table
+    from epsanet.tasks.console import console
+
+    rows = detector_table()
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return 0
+    table = Table(title="The paper's detectors on COCO", box=box.SIMPLE_HEAD)
+    for title in ("detector", "backbone", "trained parameters", "paper", "box AP", "AP50", "AP75", "mask AP"):
+        table.add_column(title, justify="left" if title in ("detector", "backbone") else "right", no_wrap=True)
+    for row in rows:
+        paper = row.published
+        table.add_row(
+            row.architecture,
+            row.backbone,
+            f"{row.parameters:,}",
+            f"{paper.parameters:.2f} M",
+            *(f"{value:.1f}" for value in (paper.box_ap, paper.box_ap50, paper.box_ap75)),
+            f"{paper.mask_ap:.1f}" if paper.mask_ap else "",
+        )
+    console.print(table)
+    console.print(
+        "Parameters: 80 classes, stem and first stage frozen, scale and shift of the other norms trained.\n"
+        "AP is the paper's, on COCO val2017 after the 1x schedule; nobody has trained these with this package yet."
+    )
     return 0
 
 
