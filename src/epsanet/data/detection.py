@@ -137,6 +137,8 @@ class DetectionSplits:
     """To report, if the data set has one."""
     reports: Sequence[Any]
     """What the check found, a split each: its ``title``, and the rest as text."""
+    notes: tuple[str, ...] = ()
+    """What the user should know besides."""
 
     @property
     def class_names(self) -> list[str]:
@@ -201,6 +203,8 @@ class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor], int]]):
         self, samples: DetectionSamples, augmentation: v2.Compose | None = None, seed: int = 0, *, masks: bool = False
     ) -> None:
         self.samples, self.augmentation, self.seed, self.masks = samples, augmentation, seed, masks
+        steps = augmentation.transforms if augmentation is not None else ()
+        self._crops = any(isinstance(step, _JitterScale) for step in steps)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -228,7 +232,7 @@ class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor], int]]):
             image, wrapped = self.augmentation(image, wrapped)
             wrapped["boxes"] = v2.functional.clamp_bounding_boxes(wrapped["boxes"])
         target = {key: value.as_subclass(Tensor) for key, value in wrapped.items()}
-        return image, _tightened(target, cropped=tuple(image.shape[-2:]) != size)
+        return image, _tightened(target, cropped=self._crops)
 
 
 def _tightened(target: dict[str, Tensor], *, cropped: bool) -> dict[str, Tensor]:
@@ -236,7 +240,7 @@ def _tightened(target: dict[str, Tensor], *, cropped: bool) -> dict[str, Tensor]
     boxes = target["boxes"]
     kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)
     if "masks" in target:
-        kept &= target["masks"].flatten(1).any(dim=1)
+        kept &= target["masks"].bool().flatten(1).any(dim=1)
     target = {key: value[kept] for key, value in target.items()}
     if cropped and "masks" in target and len(target["masks"]):
         target["boxes"] = masks_to_boxes(target["masks"]) + torch.tensor([0.0, 0, 1, 1])  # its corners are inclusive

@@ -32,10 +32,18 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from epsanet._files import atomic_folder
-from epsanet.network.detector_config import DetectorConfig
+from epsanet.network.detector_config import Architecture, DetectorConfig
 from epsanet.network.weights import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, create_model, load_model
 
-__all__ = ["Detector", "LoadedDetector", "create_detector", "is_detector", "load_detector", "save_detector"]
+__all__ = [
+    "Detector",
+    "LoadedDetector",
+    "create_detector",
+    "is_detector",
+    "load_detector",
+    "loss_names",
+    "save_detector",
+]
 
 Target = dict[str, Tensor]
 _ROI_SIZE = 7
@@ -309,3 +317,11 @@ def load_detector(source: str | Path) -> LoadedDetector:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError, OSError) as error:
         raise ValueError(f"the model folder {folder} is damaged: {_first_line(error)}; copy it again") from error
     return LoadedDetector(model=model.eval(), class_names=names)
+
+
+def loss_names(architecture: Architecture) -> tuple[str, ...]:
+    """What torchvision calls the losses of a detector."""
+    if architecture == "retinanet":
+        return ("classification", "bbox_regression")
+    names = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
+    return (*names, "loss_mask") if architecture == "mask_rcnn" else names
