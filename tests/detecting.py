@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from epsanet.network.detector_config import Architecture, DetectorConfig
 from epsanet.network.detectors import Detector, create_detector
@@ -52,3 +56,41 @@ def scene(
         image[:, mask.bool()] = torch.eye(3)[label % 3].unsqueeze(1)
     boxes = torch.cat([corners, corners + sides], dim=1).float()
     return image, {"boxes": boxes, "labels": labels, "masks": masks}
+
+
+def coco_folder(root: Path, images: int = 6, size: tuple[int, int] = (64, 48)) -> Path:
+    """Train and val with objects of two classes, categories 3 and 8, image ids 10, 17, …; the last image is empty."""
+    for seed, split in enumerate(("train", "val")):
+        (root / split).mkdir(parents=True)
+        random = np.random.default_rng(seed)
+        annotations: list[dict[str, Any]] = []
+        for number in range(images):
+            pixels = random.integers(90, 120, (size[1], size[0], 3)).astype(np.uint8)
+            for _ in range(2 if number < images - 1 else 0):
+                (x, y), (width, height) = random.integers(0, 20, 2).tolist(), random.integers(12, 24, 2).tolist()
+                label = int(random.integers(2))
+                pixels[y : y + height, x : x + width] = (220, 40, 30) if label else (30, 60, 230)
+                corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+                annotations.append(
+                    {
+                        "id": 5 * len(annotations) + 2,
+                        "image_id": 10 + 7 * number,
+                        "category_id": (3, 8)[label],
+                        "iscrowd": 0,
+                        "bbox": [x, y, width, height],
+                        "area": width * height,
+                        "segmentation": [corners],
+                    }
+                )
+            Image.fromarray(pixels).save(root / split / f"{number}.png")
+        content = {
+            "images": [
+                {"id": 10 + 7 * number, "file_name": f"{number}.png", "width": size[0], "height": size[1]}
+                for number in range(images)
+            ],
+            "annotations": annotations,
+            "categories": [{"id": 3, "name": "ant"}, {"id": 8, "name": "cat"}],
+        }
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root

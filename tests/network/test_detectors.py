@@ -12,8 +12,9 @@ from detecting import BACKBONE, BACKBONE_ARGS, detector, detector_config, scene
 from safetensors.torch import load_file, save_file
 
 from epsanet.network.detector_config import Architecture, DetectorConfig
-from epsanet.network.detectors import create_detector, is_detector, load_detector, save_detector
-from epsanet.network.weights import create_model, save_model
+from epsanet.network.detectors import create_detector, load_detector, save_detector
+from epsanet.network.model_folder import is_detector
+from epsanet.network.weights import create_model, load_model, save_model
 
 ARCHITECTURES: tuple[Architecture, ...] = ("faster_rcnn", "mask_rcnn", "retinanet")
 
@@ -139,7 +140,13 @@ def test_a_folder_of_a_classifier_is_no_detector(tmp_path: Path) -> None:
         load_detector(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["short", "renamed", "names", "key", "weights"])
+def test_a_folder_of_a_detector_is_no_classifier(tmp_path: Path) -> None:
+    save_detector(tmp_path / "run" / "model", detector(), ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"holds a detector; epsanet.load_detector reads it"):
+        load_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["short", "renamed", "names", "key", "weights", "elsewhere", "huge"])
 def test_a_damaged_folder_is_refused_in_one_line(damage: str, tmp_path: Path) -> None:
     save_detector(tmp_path, detector(), ["a", "b", "c"])
     weights, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
@@ -151,6 +158,12 @@ def test_a_damaged_folder_is_refused_in_one_line(damage: str, tmp_path: Path) ->
         save_file(tensors, weights)
     elif damage == "weights":
         weights.unlink()
+    elif damage == "elsewhere":
+        config["backbone_args"]["pretrained_cfg"] = {"url": "http://localhost:1/weights"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    elif damage == "huge":
+        config["detector"]["representation_size"] = 10**12
+        (tmp_path / "config.json").write_text(json.dumps(config))
     else:
         config["label_names" if damage == "names" else "detector"] = ["a"] if damage == "names" else {"size": 1}
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -447,7 +447,8 @@ def open_coco_split(
 
 
 def _refuse_lacking_masks(samples: CocoSamples, *, masks: bool) -> None:
-    if masks and not any(entry.get("segmentation") for group in samples._annotations.values() for entry in group):
+    entries = [entry for position in range(len(samples)) for entry in samples.annotations(position)]
+    if masks and entries and not any(entry.get("segmentation") for entry in entries):
         raise ValueError(
             f"{samples.file} has boxes but no segmentations; train --detector.architecture=faster_rcnn or retinanet"
         )

@@ -29,17 +29,20 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from epsanet._files import atomic_folder
 from epsanet.network.detector_config import Architecture, DetectorConfig
+from epsanet.network.foreign import NOT_OF_A_NETWORK, check_tensors
+from epsanet.network.model_folder import DETECTION, find_detector
 from epsanet.network.weights import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, create_model, load_model
 
 __all__ = [
     "Detector",
     "LoadedDetector",
     "create_detector",
-    "is_detector",
     "load_detector",
     "loss_names",
     "save_detector",
@@ -47,7 +50,6 @@ __all__ = [
 
 Target = dict[str, Tensor]
 _ROI_SIZE = 7
-_TASK = "object-detection"
 _CLASSES = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
 
 
@@ -64,6 +66,29 @@ class _PyramidBackbone(nn.Module):
     def forward(self, x_NCHW: Tensor) -> OrderedDict[str, Tensor]:
         features = self.body(x_NCHW.contiguous(memory_format=torch.channels_last))
         return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))
+
+
+class _Transform(GeneralizedRCNNTransform):
+    """torchvision's, which holds the masks of an image as numbers at its full size; here one at a time."""
+
+    def postprocess(
+        self, result: list[Target], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> list[Target]:
+        if self.training:
+            return result
+        for detection, scaled, original in zip(result, image_shapes, original_image_sizes, strict=True):
+            detection["boxes"] = resize_boxes(detection["boxes"], scaled, original)
+            if "masks" in detection:
+                detection["masks"] = _pasted(detection["masks"], detection["boxes"], original)
+        return result
+
+
+def _pasted(probabilities_D1MM: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks of shape ``D, H, W``: where the probability, drawn into the box, is above a half."""
+    masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
+    for mask, probability, box in zip(masks, probabilities_D1MM, boxes, strict=True):
+        mask.copy_(paste_masks_in_image(probability[None], box[None], size)[0, 0] > 0.5)
+    return masks
 
 
 class Detector(nn.Module):
@@ -105,8 +130,6 @@ class Detector(nn.Module):
         detections: list[Target] = self.network(list(images))
         for detection in detections:
             detection["labels"] = detection["labels"] - self._first
-            if "masks" in detection:
-                detection["masks"] = detection["masks"][:, 0] > 0.5
         return detections
 
     def train(self, mode: bool = True) -> Detector:
@@ -156,13 +179,11 @@ def create_detector(
     network = _CLASSES[config.architecture](
         pyramid,
         num_classes if retina else None,  # the other two take it from their heads
-        min_size=config.min_size,
-        max_size=config.max_size,
-        image_mean=list(data_config["mean"]),
-        image_std=list(data_config["std"]),
         **_heads(config, num_classes),
         **_checked_args(config),
     )
+    mean, std = list(data_config["mean"]), list(data_config["std"])
+    network.transform = _Transform(config.min_size, config.max_size, mean, std)
     return Detector(network, config, backbone, arguments, num_classes)
 
 
@@ -240,22 +261,6 @@ class LoadedDetector:
     """One name a class, in the order of the labels."""
 
 
-def is_detector(source: str | Path) -> bool:
-    """Whether a model or run folder holds a detector."""
-    return _find_config(source) is not None
-
-
-def _find_config(source: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    for folder in (Path(source), Path(source) / "model"):
-        try:
-            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(config, dict) and config.get("task") == _TASK:
-            return folder, config
-    return None
-
-
 def save_detector(folder: str | Path, model: Detector, class_names: Sequence[str], card: str = "") -> None:
     """Write a model folder, whole or not at all; an existing one is replaced.
 
@@ -272,7 +277,7 @@ def save_detector(folder: str | Path, model: Detector, class_names: Sequence[str
         raise ValueError(f"{len(class_names)} class names for a detector of {model.num_classes} classes; give one each")
     transform = model.network.transform
     config = {
-        "task": _TASK,
+        "task": DETECTION,
         "architecture": model.config.architecture,
         "backbone": model.backbone_name,
         "backbone_args": model.backbone_args,
@@ -299,7 +304,7 @@ def load_detector(source: str | Path) -> LoadedDetector:
     Raises:
         ValueError: when it holds no detector, or is damaged; one line that says what.
     """
-    found = _find_config(source)
+    found = find_detector(source)
     if found is None:
         raise ValueError(f"{source} holds no detector; give a folder that detection training wrote")
     folder, config = found
@@ -307,9 +312,19 @@ def load_detector(source: str | Path) -> LoadedDetector:
         raise ValueError(f"{folder} has no {WEIGHTS_NAME}; copy the folder again")
     try:
         names = [str(name) for name in config["label_names"]]
-        detector_config = DetectorConfig(**config["detector"])
-        model = create_detector(config["backbone"], len(names), detector_config, backbone_args=config["backbone_args"])
-        model.network.load_state_dict(load_file(folder / WEIGHTS_NAME))
+        arguments = (config["backbone"], len(names), DetectorConfig(**config["detector"]))
+        elsewhere = sorted(NOT_OF_A_NETWORK & config["backbone_args"].keys())
+        if elsewhere or arguments[2].backbone_weights is not None:
+            raise ValueError(f"it names weights that are elsewhere ({', '.join(elsewhere) or 'backbone_weights'})")
+        tensors = load_file(folder / WEIGHTS_NAME)
+        with torch.device("meta"):  # the size that the configuration asks for is not believed before it is seen
+            wanted = create_detector(*arguments, backbone_args=config["backbone_args"]).network.state_dict()
+        wrong = [name for name in wanted.keys() | tensors.keys() if not _alike(wanted.get(name), tensors.get(name))]
+        if wrong:
+            raise ValueError(f"{len(wrong)} of {len(wanted)} tensors do not fit its configuration, first {min(wrong)}")
+        model = create_detector(*arguments, backbone_args=config["backbone_args"])
+        check_tensors(tensors, model.network, folder / WEIGHTS_NAME)
+        model.network.load_state_dict(tensors)
         model.network.transform.image_mean, model.network.transform.image_std = (
             list(config["mean"]),
             list(config["std"]),
@@ -325,3 +340,7 @@ def loss_names(architecture: Architecture) -> tuple[str, ...]:
         return ("classification", "bbox_regression")
     names = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
     return (*names, "loss_mask") if architecture == "mask_rcnn" else names
+
+
+def _alike(wanted: Tensor | None, found: Tensor | None) -> bool:
+    return wanted is not None and found is not None and wanted.shape == found.shape
