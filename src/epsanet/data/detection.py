@@ -225,7 +225,7 @@ class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor], int]]):
         wrapped: dict[str, Any] = {
             **target,
             "boxes": tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size),
-        }  # type: ignore[call-overload]
+        }
         if "masks" in target:
             wrapped["masks"] = tv_tensors.Mask(target["masks"])
         if self.augmentation is not None:

@@ -16,7 +16,7 @@ from detecting import detector
 from making import real_data
 
 from epsanet.data.coco import CocoSamples
-from epsanet.tasks.detection.results import coco_results
+from epsanet.tasks.detection.results import write_coco_results
 from epsanet.tasks.detection.scores import DetectionEvaluation, DetectionScore
 
 NUMBERS = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
@@ -87,7 +87,8 @@ def evaluated(samples: CocoSamples, kind: str) -> DetectionEvaluation:
         if kind != "network":  # the first image has predictions, but no objects
             score.update([made_up(kind, target if place else spare, place)], [target], torch.tensor([place]))
     if kind == "network":
-        model = detector(classes=80, score_thresh=0.0, min_size=64, max_size=96).eval()
+        args = {"box_detections_per_img": 15, "rpn_post_nms_top_n_test": 100}
+        model = detector(classes=80, score_thresh=0.0, min_size=64, max_size=96, detector_args=args).eval()
         for place, target in enumerate(targets(samples)):
             image = torch.from_numpy(np.array(samples.read(place, masks=False)[0])).permute(2, 0, 1) / 255
             with torch.no_grad():
@@ -100,8 +101,7 @@ def by_pycocotools(samples: CocoSamples, evaluation: DetectionEvaluation, kind: 
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(coco_results(evaluation, samples)))
+    path = write_coco_results(tmp_path / "results.json", evaluation, samples)[kind == "segm"]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(samples.file))
         found = truth.loadRes(str(path)) if evaluation.results and json.loads(path.read_text()) else COCO()

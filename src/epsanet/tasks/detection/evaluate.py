@@ -40,7 +40,8 @@ def evaluate_detector(
         split: train, val or test; test where there is one, else val, when left out.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: Lightning's name of the arithmetic.
-        output: write what was found as COCO results, with the ids of the data set.
+        output: write what was found as COCO results, with the ids of the data set: boxes here, masks beside it as
+            ``x.segm.json``.
         note: told what the user should know.
 
     Raises:
@@ -60,8 +61,8 @@ def evaluate_detector(
     module = DetectorModule(loaded.model, loaded.class_names, masks=masks)
     evaluation: DetectionEvaluation = evaluate_module(module, loader, place, precision)
     if output is not None:
-        write_coco_results(output, evaluation, samples)
-        note(f"COCO results in {output}")
+        files = write_coco_results(output, evaluation, samples)
+        note(f"COCO results in {' and '.join(map(str, files))}")
     return evaluation
 
 

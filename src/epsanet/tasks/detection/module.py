@@ -44,7 +44,7 @@ class DetectorModule(Classifier):
         lightning.LightningModule.__init__(self)
         self.model = model.to(memory_format=torch.channels_last)
         self.class_names, self.config, self.updates_per_epoch = class_names, config, updates_per_epoch
-        self.score = DetectionScore(len(class_names), masks=masks)  # type: ignore[assignment]
+        self.score: Any = DetectionScore(len(class_names), masks=masks)
         self.losses = nn.ModuleDict(
             {name: MeanMetric(nan_strategy="disable") for name in loss_names(model.config.architecture)}
         )
@@ -53,7 +53,7 @@ class DetectorModule(Classifier):
             metric.persistent(True)  # type: ignore[operator]
         self.evaluation: DetectionEvaluation | None = None  # type: ignore[assignment]
 
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+    def forward(self, images: Any, targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Losses in training, else detections, as ``Detector`` has them."""
         return self.model(images, targets)
 

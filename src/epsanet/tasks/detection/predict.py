@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import write_png
 
 from epsanet._files import atomic_file
 from epsanet.data.coco import read_rle
@@ -166,7 +166,7 @@ def _draw(path: Path, row: Detections) -> None:
         objects["masks"] = torch.from_numpy(np.stack([read_rle(mask, row.height, row.width) for mask in row.masks]))
     picture = drawn(_as_tensor(row.image), objects, row.class_names)
     with atomic_file(path) as temporary:
-        write_png(picture, str(temporary))
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, "PNG")
 
 
 def write_detections(path: str | Path, rows: Iterable[Detections]) -> Iterator[Detections]:

@@ -1,10 +1,10 @@
-"""Detections on disk: COCO's results JSON of a data set, and tables of images' detections."""
+"""Detections of a data set on disk, as COCO's results JSON."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torchvision.ops import box_convert
 
@@ -15,12 +15,18 @@ from epsanet.tasks.detection.scores import DetectionEvaluation
 __all__ = ["coco_results", "write_coco_results"]
 
 
-def coco_results(evaluation: DetectionEvaluation, samples: DetectionSamples) -> list[dict[str, Any]]:
-    """What was found, as COCO's list of results: ``image_id``, ``category_id``, ``bbox``, ``score``, ``segmentation``.
+def coco_results(
+    evaluation: DetectionEvaluation, samples: DetectionSamples, kind: Literal["bbox", "segm"] = "bbox"
+) -> list[dict[str, Any]]:
+    """What was found, as COCO's list of results: ``image_id``, ``category_id``, ``score``, and box or mask.
+
+    Boxes and masks are not in one list: pycocotools would then take the boxes' areas for the masks', and count as
+    small, medium and large by them.
 
     Args:
         evaluation: of the samples.
         samples: whose ids are written.
+        kind: boxes or masks.
     """
     rows = []
     for result in evaluation.results:
@@ -31,27 +37,32 @@ def coco_results(evaluation: DetectionEvaluation, samples: DetectionSamples) -> 
             row = {
                 "image_id": samples.image_id(result.position),
                 "category_id": samples.category_id(label),
-                "bbox": box,
                 "score": score,
             }
-            if result.masks is not None:
+            if kind == "bbox":
+                row["bbox"] = box
+            else:
+                assert result.masks is not None
                 row["segmentation"] = result.masks[place]
             rows.append(row)
     return rows
 
 
-def write_coco_results(path: str | Path, evaluation: DetectionEvaluation, samples: DetectionSamples) -> None:
-    """Write ``coco_results`` as JSON, whole or not at all; ``pycocotools.coco.COCO.loadRes`` reads it.
+def write_coco_results(path: str | Path, evaluation: DetectionEvaluation, samples: DetectionSamples) -> list[Path]:
+    """Write the boxes as ``x.json`` and masks as ``x.segm.json``; ``pycocotools.coco.COCO.loadRes`` reads them.
 
     Args:
         path: ends in .json.
         evaluation: of the samples.
         samples: whose ids are written.
 
-    Raises:
-        ValueError: for another suffix.
+    Returns:
+        The files, each whole or not written at all.
     """
-    if Path(path).suffix != ".json":
-        raise ValueError(f"COCO results are JSON; {path} does not end in .json")
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(coco_results(evaluation, samples)), encoding="utf-8")
+    files: list[tuple[Path, Literal["bbox", "segm"]]] = [(Path(path), "bbox")]
+    if evaluation.mask is not None:
+        files.append((Path(path).with_suffix(".segm.json"), "segm"))
+    for file, kind in files:
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(coco_results(evaluation, samples, kind)), encoding="utf-8")
+    return [file for file, _ in files]

@@ -107,7 +107,7 @@ class DetectionRun(Run):
     def save_model(
         self, folder: Path, *, split: str, evaluation: Any, epoch: int, seconds: float, hardware: str
     ) -> None:
-        self.model.to(device="cpu", memory_format=torch.contiguous_format)
+        self.model.to("cpu")
         card = detector_card(
             config=self.config,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),

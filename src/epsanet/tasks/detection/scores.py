@@ -252,6 +252,10 @@ def _averages(
     # Always with the boxes: of masks alone, torchmetrics leaves images without objects out, and what was found in them.
     metric = MeanAveragePrecision(
         iou_type=("bbox", "segm") if masks else ("bbox",),
+        iou_thresholds=np.linspace(
+            0.5, 0.95, 10
+        ).tolist(),  # torchmetrics' own are rounded to float32: 0.8 is above 4/5
+        rec_thresholds=np.linspace(0, 1, 101).tolist(),
         extended_summary=True,
         backend="faster_coco_eval",
         sync_on_compute=False,
