@@ -175,7 +175,7 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument("--topk", type=int, default=5, help="Classes an image.")
     parser.add_argument("--score_thresh", type=float, default=0.5, help="Detectors: the least score.")
     parser.add_argument("--pictures", type=str | None, default=None, help="Detectors: draw the images into a folder.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Images at a time.")
+    parser.add_argument("--batch_size", type=int | None, default=None, help="Images at a time; 32, detectors 4.")
     parser.add_argument("--workers", type=int, default=0, help="Processes that read images.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps.")
     return parser
@@ -375,7 +375,10 @@ def _predict(values: dict[str, Any]) -> int:
     from epsanet.network.model_folder import is_detector
 
     pictures, score_thresh = values.pop("pictures"), values.pop("score_thresh")
-    if is_detector(values["model"]):
+    detector = is_detector(values["model"])
+    if values["batch_size"] is None:
+        values["batch_size"] = 4 if detector else 32
+    if detector:
         return _detect(values, pictures, score_thresh)
     if pictures is not None:
         raise ValueError(f"--pictures draws what a detector found, and {values['model']} is none; leave it out")
