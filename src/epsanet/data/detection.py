@@ -21,7 +21,7 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from epsanet.data.config import DataConfig
-from epsanet.data.loaders import EpochOrder, TrainLoader, _leave_signals_to_the_main_process, _seeded, worker_count
+from epsanet.data.loaders import EpochOrder, TrainLoader, _leave_signals_to_the_main_process, seeded, worker_count
 
 __all__ = [
     "DetectionDataset",
@@ -215,7 +215,7 @@ class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor], int]]):
         image = tv_tensors.Image(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
         target = objects.as_target()
         if isinstance(key, tuple):
-            with _seeded(self.seed, epoch, position):
+            with seeded(self.seed, epoch, position):
                 image, target = self._augmented(image, target)
         return image.as_subclass(Tensor).float() / 255, target, position
 

@@ -232,6 +232,8 @@ def test_images_of_any_kind_are_looked_at(
         (["predict", "{model}", "{data}/val", "--output", "x.txt"], "use a name that ends in"),
         (["predict", "{model}", "{data}/val", "--score_thresh", "2"], "score_thresh=2.0"),
         (["train", "digits-detection", "--detector.min_size", "7"], "min_size=7"),
+        (["train", "digits-detection", "--init_from", "resnet50"], "--detector.backbone_weights"),
+        (["train", "digits-detection", "--data.mixup=0.2"], "mixup and cutmix are for classifiers"),
         (["train", "bccd", "--data", "gone"], "there is no folder gone"),
         (["train", "digits", "--data.scale_jitter=[2,1]"], "scale_jitter"),
     ],

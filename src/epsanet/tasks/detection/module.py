@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from epsanet.network.detectors import Detector, loss_names
-from epsanet.tasks.classification import Classifier, DivergedError
+from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.detection.scores import DetectionEvaluation, DetectionScore
 
@@ -57,6 +57,10 @@ class DetectorModule(Classifier):
         """Losses in training, else detections, as ``Detector`` has them."""
         return self.model(images, targets)
 
+    def _freeze(self) -> None:
+        """What a detector keeps frozen, it keeps so by itself."""
+        self.model.train()
+
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         for metric in self.losses.values():
@@ -67,7 +71,7 @@ class DetectorModule(Classifier):
         losses: dict[str, Tensor] = self(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(loss):
-            raise DivergedError(self._where_it_diverged(loss.item(), positions.tolist()))
+            raise self._diverged(loss.item(), positions.tolist())
         self.train_loss.update(loss.detach(), len(images))
         for name, value in losses.items():
             self.losses[name].update(value.detach(), len(images))  # type: ignore[operator]

@@ -131,6 +131,7 @@ def prepare_detection(config: TrainConfig, resume: Path | None) -> DetectionRun:
     Raises:
         ValueError: for what cannot run.
     """
+    config = _resolved(config)
     assert config.detector is not None
     folder = run_folder(config, resume)
     device = resolve_device(config.device)
@@ -157,6 +158,17 @@ def prepare_detection(config: TrainConfig, resume: Path | None) -> DetectionRun:
         data_config={"input_size": size},
         folder=folder,
     )
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration with its backbone named, and nothing in it that only classifiers have."""
+    if config.init_from is not None:
+        raise ValueError("init_from is for classifiers; a detector's backbone starts from --detector.backbone_weights")
+    if config.freeze_epochs:
+        raise ValueError("freeze_epochs is for classifiers; --detector.frozen_stages keeps a part of the backbone")
+    if config.data.mixes:
+        raise ValueError("mixup and cutmix are for classifiers; leave them out")
+    return dataclasses.replace(config, model="epsanet50_small") if config.model == "auto" else config
 
 
 def tracked(title: str) -> Any:
