@@ -344,10 +344,13 @@ def _evaluate(values: dict[str, Any]) -> int:
 def _evaluate_detector(values: dict[str, Any], *, as_json: bool) -> int:
     from rich.table import Table
 
+    from epsanet._processes import rank
     from epsanet.tasks.console import console
     from epsanet.tasks.detection.evaluate import evaluate_detector
 
     result = evaluate_detector(values.pop("model"), values.pop("data"), **values)
+    if rank() > 0:
+        return 0
     if as_json:
         print(json.dumps(result.as_dict(), indent=2, ensure_ascii=False))
         return 0

@@ -20,8 +20,16 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
+from epsanet._processes import world_size
 from epsanet.data.config import DataConfig
-from epsanet.data.loaders import EpochOrder, TrainLoader, _leave_signals_to_the_main_process, seeded, worker_count
+from epsanet.data.loaders import (
+    EpochOrder,
+    EvaluationOrder,
+    TrainLoader,
+    _leave_signals_to_the_main_process,
+    seeded,
+    worker_count,
+)
 
 __all__ = [
     "DetectionDataset",
@@ -266,7 +274,12 @@ def detection_train_loader(
         augmentation: of ``train_augmentation``.
         seed: of order and augmentation.
         masks: whether targets have masks.
+
+    Raises:
+        ValueError: when there are more processes than images.
     """
+    if len(samples) < world_size():
+        raise ValueError(f"{config.source} has {len(samples)} images to train on for {world_size()} processes")
     workers = worker_count(config)
     return TrainLoader(
         DetectionDataset(samples, augmentation, seed, masks=masks),
@@ -280,7 +293,7 @@ def detection_train_loader(
 
 
 def detection_evaluation_loader(samples: DetectionSamples, config: DataConfig, *, masks: bool) -> DataLoader[Any]:
-    """Batches ``images, targets, positions``, each image once, in order.
+    """Batches ``images, targets, positions``, each image once in one of the processes, in order.
 
     Args:
         samples: a split.
@@ -289,7 +302,7 @@ def detection_evaluation_loader(samples: DetectionSamples, config: DataConfig, *
     """
     return DataLoader(
         DetectionDataset(samples, masks=masks),
-        batch_size=config.batch_size,
+        batch_sampler=EvaluationOrder(len(samples), config.batch_size),
         collate_fn=collate,
         num_workers=worker_count(config),
         worker_init_fn=_leave_signals_to_the_main_process,

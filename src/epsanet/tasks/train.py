@@ -124,7 +124,8 @@ def _fit(run: Run, checkpoint: Path | None) -> History:
         run.model.compile()  # in place, so that names of weights stay as they are
     with quiet_lightning():
         trainer = lightning.Trainer(
-            **run.processes.trainer_arguments(frozen=config.freeze_epochs > 0),
+            # A detector's head that has nothing to learn from a batch has no gradient either.
+            **run.processes.trainer_arguments(frozen=config.freeze_epochs > 0 or config.detector is not None),
             precision=config.precision,
             max_epochs=config.schedule.epochs,
             accumulate_grad_batches=config.accumulate_grad_batches,

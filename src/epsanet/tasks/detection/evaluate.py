@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from epsanet._processes import agree, rank
 from epsanet.data.coco import open_coco_split
 from epsanet.data.config import DataConfig
 from epsanet.data.detection import DetectionSamples, detection_evaluation_loader
@@ -18,6 +19,7 @@ from epsanet.tasks.detection.run import say_problems, tracked
 from epsanet.tasks.detection.scores import DetectionEvaluation
 from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.evaluate import evaluate_module
+from epsanet.tasks.launch import launch
 
 __all__ = ["evaluate_detector"]
 
@@ -32,7 +34,7 @@ def evaluate_detector(
     output: str | Path | None = None,
     note: Callable[[str], None] = messages.print,
 ) -> DetectionEvaluation:
-    """COCO's averages of a detector on a split, each usable image counted once.
+    """COCO's averages of a detector on a split, each usable image counted once; processes of torchrun share them.
 
     Args:
         model: a model or run folder, or a loaded detector.
@@ -49,18 +51,18 @@ def evaluate_detector(
     """
     if output is not None and Path(output).suffix != ".json":
         raise ValueError(f"COCO results are JSON; {output} does not end in .json")
-    place = resolve_device(device)
+    processes = launch(resolve_device(device))
     require("faster_coco_eval", "detection")
-    loaded = model if isinstance(model, LoadedDetector) else load_detector(model)
+    loaded = agree(lambda: model if isinstance(model, LoadedDetector) else load_detector(model))
     wanted = loaded.model.config.has_masks
-    samples = _open(data, split, loaded.class_names, masks=wanted)
+    samples = agree(lambda: _open(data, split, loaded.class_names, masks=wanted))
     masks = wanted and samples.has_masks
     if wanted and not masks:
         note(f"{data.source} has no masks; boxes alone are compared")
     loader = detection_evaluation_loader(samples, data, masks=masks)
     module = DetectorModule(loaded.model, loaded.class_names, masks=masks)
-    evaluation: DetectionEvaluation = evaluate_module(module, loader, place, precision)
-    if output is not None:
+    evaluation: DetectionEvaluation = evaluate_module(module, loader, processes, precision)
+    if output is not None and rank() == 0:
         files = write_coco_results(output, evaluation, samples)
         note(f"COCO results in {' and '.join(map(str, files))}")
     return evaluation

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from epsanet._processes import agree, mean
 from epsanet.network.detectors import Detector, loss_names
-from epsanet.tasks.classification import Classifier
+from epsanet.tasks.classification import Classifier, DivergedError
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.detection.scores import DetectionEvaluation, DetectionScore
 
@@ -46,9 +47,14 @@ class DetectorModule(Classifier):
         self.class_names, self.config, self.updates_per_epoch = class_names, config, updates_per_epoch
         self.score: Any = DetectionScore(len(class_names), masks=masks)
         self.losses = nn.ModuleDict(
-            {name: MeanMetric(nan_strategy="disable") for name in loss_names(model.config.architecture)}
+            {
+                name: MeanMetric(nan_strategy="disable", sync_on_compute=False)
+                for name in loss_names(model.config.architecture)
+            }
         )
-        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss = MeanMetric(nan_strategy="disable", sync_on_compute=False)
+        self.mixer = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer batches to evaluate than processes
         for metric in (self.train_loss, *self.losses.values()):
             metric.persistent(True)  # type: ignore[operator]
         self.evaluation: DetectionEvaluation | None = None  # type: ignore[assignment]
@@ -70,11 +76,12 @@ class DetectorModule(Classifier):
         images, targets, positions = batch
         losses: dict[str, Tensor] = self(images, targets)
         loss = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(loss):
-            raise self._diverged(loss.item(), positions.tolist())
-        self.train_loss.update(loss.detach(), len(images))
-        for name, value in losses.items():
-            self.losses[name].update(value.detach(), len(images))  # type: ignore[operator]
+        overall = mean(torch.stack([loss, *(losses[name] for name in self.losses)]).detach())
+        if not torch.isfinite(overall[0]):
+            agree(lambda: self._check_loss(loss, positions))
+            raise DivergedError("the losses of the processes add up to no finite number", [])
+        for metric, value in zip((self.train_loss, *self.losses.values()), overall, strict=True):
+            metric.update(value, len(images))  # type: ignore[operator]
         return loss
 
     def validation_step(self, batch: Batch, _: int) -> None:  # type: ignore[override]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from epsanet._processes import agree, first, rank
 from epsanet.data.coco import open_coco, read_rle
 from epsanet.data.detection import (
     DetectionSplits,
@@ -36,7 +37,7 @@ from epsanet.tasks.detection.figures import (
 )
 from epsanet.tasks.detection.module import DetectorModule
 from epsanet.tasks.detection.scores import DetectionEvaluation, ImageResult
-from epsanet.tasks.devices import resolve_device
+from epsanet.tasks.launch import Processes
 from epsanet.tasks.run import Run, run_folder
 
 __all__ = ["DetectionRun", "prepare_detection", "say_problems", "tracked"]
@@ -121,20 +122,35 @@ class DetectionRun(Run):
         load_detector(folder)
 
 
-def prepare_detection(config: TrainConfig, resume: Path | None) -> DetectionRun:
+def prepare_detection(config: TrainConfig, processes: Processes, folder: Path | None) -> DetectionRun:
     """Everything that can fail for the user's reasons, before anything is written.
 
     Args:
         config: of the run; its ``detector`` says which.
-        resume: the run folder to go on in, if any.
+        processes: that take part; each has to call this.
+        folder: the run folder where it is known and this run's own; found or refused when left out.
 
     Raises:
-        ValueError: for what cannot run.
+        ValueError: for what cannot run, in all processes where it is so in one.
     """
+    folder = folder or first(lambda: run_folder(config))
+    config, splits, model = agree(lambda: _build(config))
+    if rank():  # as for classifiers: each process has its own noise, but all have the same first weights
+        lightning.seed_everything((config.seed + rank()) % 2**32, verbose=False)
+    return DetectionRun(
+        config=config,
+        processes=processes,
+        splits=splits,
+        reports=splits.reports,
+        model=model,
+        data_config={"input_size": (3, model.config.min_size, model.config.max_size)},
+        folder=folder,
+    )
+
+
+def _build(config: TrainConfig) -> tuple[TrainConfig, DetectionSplits, Detector]:
     config = _resolved(config)
     assert config.detector is not None
-    folder = run_folder(config, resume)
-    device = resolve_device(config.device)
     require("faster_coco_eval", "detection")
     masks = config.detector.has_masks
     if config.data.source == DIGITS_DETECTION:
@@ -148,16 +164,7 @@ def prepare_detection(config: TrainConfig, resume: Path | None) -> DetectionRun:
     lightning.seed_everything(config.seed, verbose=False)
     model = create_detector(config.model, len(splits.class_names), config.detector, backbone_args=config.model_args)
     DetectorModule(model, splits.class_names, config, masks=masks).configure_optimizers()  # says what timm lacks
-    size = (3, config.detector.min_size, config.detector.max_size)
-    return DetectionRun(
-        config=config,
-        device=device,
-        splits=splits,
-        reports=splits.reports,
-        model=model,
-        data_config={"input_size": size},
-        folder=folder,
-    )
+    return config, splits, model
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
@@ -168,6 +175,8 @@ def _resolved(config: TrainConfig) -> TrainConfig:
         raise ValueError("freeze_epochs is for classifiers; --detector.frozen_stages keeps a part of the backbone")
     if config.data.mixes:
         raise ValueError("mixup and cutmix are for classifiers; leave them out")
+    if config.sync_batchnorm:
+        raise ValueError("sync_batchnorm is for classifiers; a detector's norms keep to their own process")
     return dataclasses.replace(config, model="epsanet50_small") if config.model == "auto" else config
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert, box_iou
 
+from epsanet._processes import gather
+
 __all__ = ["Averages", "DetectionEvaluation", "DetectionScore", "ImageResult", "encode_masks"]
 
 IOU_THRESHOLD = 0.5
@@ -174,8 +176,9 @@ class DetectionScore(nn.Module):
             self._results.append((result, objects, confusion))
 
     def result(self, class_names: list[str]) -> DetectionEvaluation:
-        """What has been counted."""
-        everything = sorted(self._results, key=lambda entry: entry[0].position)
+        """What has been counted in all processes; each of them has to ask."""
+        everything = [entry for part in gather(self._results) for entry in part]
+        everything.sort(key=lambda entry: entry[0].position)
         results, objects, confusions = zip(*everything, strict=True) if everything else ((), (), ())
         box, mask = _averages(results, objects, class_names, masks=self.masks)
         empty = np.zeros((self.num_classes + 1,) * 2, dtype=np.int64)
