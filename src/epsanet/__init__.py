@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from epsanet.data.config import DataConfig
+    from epsanet.network.detector_config import DetectorConfig
+    from epsanet.network.detectors import create_detector, load_detector
     from epsanet.network.epsanet import EPSABasicBlock, EPSABlock, EPSANet
     from epsanet.network.optimize import optimize
     from epsanet.network.psa import PSA, SPC, SEWeight, fit_groups
     from epsanet.network.replace import psa_replace
     from epsanet.network.weights import convert, load_model, save_model
     from epsanet.tasks.config import TrainConfig, load_recipe
+    from epsanet.tasks.detection.evaluate import evaluate_detector
+    from epsanet.tasks.detection.predict import detect
     from epsanet.tasks.evaluate import evaluate
     from epsanet.tasks.predict import predict
     from epsanet.tasks.train import train
@@ -32,6 +36,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DataConfig": "epsanet.data.config",
+    "DetectorConfig": "epsanet.network.detector_config",
     "EPSABasicBlock": "epsanet.network.epsanet",
     "EPSABlock": "epsanet.network.epsanet",
     "EPSANet": "epsanet.network.epsanet",
@@ -40,8 +45,12 @@ _HOMES = {
     "SPC": "epsanet.network.psa",
     "TrainConfig": "epsanet.tasks.config",
     "convert": "epsanet.network.weights",
+    "create_detector": "epsanet.network.detectors",
+    "detect": "epsanet.tasks.detection.predict",
     "evaluate": "epsanet.tasks.evaluate",
+    "evaluate_detector": "epsanet.tasks.detection.evaluate",
     "fit_groups": "epsanet.network.psa",
+    "load_detector": "epsanet.network.detectors",
     "load_model": "epsanet.network.weights",
     "load_recipe": "epsanet.tasks.config",
     "optimize": "epsanet.network.optimize",
@@ -55,14 +64,19 @@ __all__ = [
     "PSA",
     "SPC",
     "DataConfig",
+    "DetectorConfig",
     "EPSABasicBlock",
     "EPSABlock",
     "EPSANet",
     "SEWeight",
     "TrainConfig",
     "convert",
+    "create_detector",
+    "detect",
     "evaluate",
+    "evaluate_detector",
     "fit_groups",
+    "load_detector",
     "load_model",
     "load_recipe",
     "optimize",

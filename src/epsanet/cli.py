@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _HELP = {
-    "train": "train a classifier: epsanet train [RECIPE or YAML file] [flags]; digits without a recipe",
-    "evaluate": "accuracy of a model on a data set",
-    "predict": "class names and probabilities of images",
+    "train": "train a network: epsanet train [RECIPE or YAML file] [flags]; digits without a recipe",
+    "evaluate": "accuracy of a classifier, average precision of a detector on a data set",
+    "predict": "class names and probabilities of images; of detectors, what is where in them",
     "shard": "pack an image folder into WebDataset shards",
     "export": "a network for ONNX Runtime, OpenVINO or torch.export, checked on real images",
     "explain": "what a network looks at in images: Grad-CAM, and the scale each block listens to",
@@ -161,6 +161,7 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument("--split", type=str | None, default=None, help="train, val or test; test or val if left out.")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
+    parser.add_argument("--output", type=str | None, default=None, help="Detectors: write COCO results into x.json.")
     return parser
 
 
@@ -172,7 +173,9 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument("images", type=str, nargs="+", help="Files, folders or glob patterns.")
     parser.add_argument("--output", type=str | None, default=None, help="Write x.csv, x.json or x.parquet instead.")
     parser.add_argument("--topk", type=int, default=5, help="Classes an image.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Images at a time.")
+    parser.add_argument("--score_thresh", type=float, default=0.5, help="Detectors: the least score.")
+    parser.add_argument("--pictures", type=str | None, default=None, help="Detectors: draw the images into a folder.")
+    parser.add_argument("--batch_size", type=int | None, default=None, help="Images at a time; 32, detectors 4.")
     parser.add_argument("--workers", type=int, default=0, help="Processes that read images.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps.")
     return parser
@@ -232,6 +235,8 @@ def _models_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
+    task = Literal["classification", "detection"]
+    parser.add_argument("--task", type=task, default="classification", help="Networks, or the paper's detectors.")
     parser.add_argument("--json", action="store_true", help="Print the table as JSON.")
     return parser
 
@@ -311,10 +316,15 @@ def _evaluate(values: dict[str, Any]) -> int:
     from rich.table import Table
 
     from epsanet._processes import rank
+    from epsanet.network.model_folder import is_detector
     from epsanet.tasks.console import console
     from epsanet.tasks.evaluate import evaluate
 
     as_json = values.pop("json")
+    if is_detector(values["model"]):
+        return _evaluate_detector(values, as_json=as_json)
+    if values.pop("output") is not None:
+        raise ValueError(f"--output writes what a detector found, and {values['model']} is none; leave it out")
     result = evaluate(values.pop("model"), values.pop("data"), **values)
     if rank() > 0:
         return 0
@@ -331,7 +341,87 @@ def _evaluate(values: dict[str, Any]) -> int:
     return 0
 
 
+def _evaluate_detector(values: dict[str, Any], *, as_json: bool) -> int:
+    from rich.table import Table
+
+    from epsanet._processes import rank
+    from epsanet.tasks.console import console
+    from epsanet.tasks.detection.evaluate import evaluate_detector
+
+    result = evaluate_detector(values.pop("model"), values.pop("data"), **values)
+    if rank() > 0:
+        return 0
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2, ensure_ascii=False))
+        return 0
+    kinds = [(kind, found) for kind, found in (("box", result.box), ("mask", result.mask)) if found is not None]
+    table = Table("class", "objects", title=f"{result.images:,} images")
+    for kind, _ in kinds:
+        table.add_column(f"{kind} AP", justify="right")
+        table.add_column("AP50", justify="right")
+    table.columns[1].justify = "right"
+    for name, (objects, *_) in result.box.per_class.items():
+        numbers = [number for _, found in kinds for number in found.per_class[name][1:]]
+        table.add_row(name, f"{objects:,}", *(f"{number:.3f}" for number in numbers))
+    console.print(table)
+    for kind, found in kinds:
+        sizes = f"small {found.ap_small:.3f}, medium {found.ap_medium:.3f}, large {found.ap_large:.3f}"
+        console.print(
+            f"{kind}: AP {found.ap:.3f}, AP50 {found.ap50:.3f}, AP75 {found.ap75:.3f}; AP of {sizes}; "
+            f"AR {found.ar100:.3f}"
+        )
+    console.print("-1 where there is no object to find" if result.objects else "there is no object to find")
+    return 0
+
+
 def _predict(values: dict[str, Any]) -> int:
+    from epsanet.network.model_folder import is_detector
+
+    pictures, score_thresh = values.pop("pictures"), values.pop("score_thresh")
+    detector = is_detector(values["model"])
+    if values["batch_size"] is None:
+        values["batch_size"] = 4 if detector else 32
+    if detector:
+        return _detect(values, pictures, score_thresh)
+    if pictures is not None:
+        raise ValueError(f"--pictures draws what a detector found, and {values['model']} is none; leave it out")
+    return _classify(values)
+
+
+def _detect(values: dict[str, Any], pictures: str | None, score_thresh: float) -> int:
+    from collections import Counter
+
+    from rich.table import Table
+
+    from epsanet.tasks.console import console, messages, track
+    from epsanet.tasks.detection.predict import detect, draw_detections, write_detections
+    from epsanet.tasks.predict import find_images
+
+    output = values.pop("output")
+    values.pop("topk")
+    paths = find_images(values.pop("images"))
+    rows = detect(values.pop("model"), paths, score_thresh=score_thresh, **values)
+    if pictures is not None:
+        rows = draw_detections(pictures, rows)
+    if output is not None:
+        rows = write_detections(output, rows)
+    table = Table("image", "found")
+    failed = 0
+    for row in track(rows, len(paths), "detecting"):
+        failed += bool(row.error)
+        counts = Counter(row.classes)
+        text = row.error or ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+        table.add_row(row.image, text, style="red" if row.error else "")
+    if output is None:
+        console.print(table)
+    for place in filter(None, (output, pictures)):
+        messages.print(f"{len(paths):,} images in {place}")
+    if failed:
+        messages.print(f"{failed:,} of {len(paths):,} images could not be read")
+    return _EXIT_USER if failed == len(paths) else 0
+
+
+def _classify(values: dict[str, Any]) -> int:
     from epsanet.tasks.console import messages
     from epsanet.tasks.parquet import predict_to_parquet, process_of_many
     from epsanet.tasks.predict import find_images
@@ -450,6 +540,8 @@ def _explain(values: dict[str, Any]) -> int:
 
 
 def _models(values: dict[str, Any]) -> int:
+    if values["task"] == "detection":
+        return _detectors(as_json=values["json"])
     from rich import box
     from rich.table import Table
 
@@ -493,6 +585,38 @@ def _models(values: dict[str, Any]) -> int:
         table.add_row(found.name, size, str(found.classes), kibibytes, top1, found.measured_on or "")
     console.print(table)
     console.print("epsanet predict NAME IMAGES, or timm.create_model(NAME, pretrained=True); no download.")
+    return 0
+
+
+def _detectors(*, as_json: bool) -> int:
+    from rich import box
+    from rich.table import Table
+
+    from epsanet.study.cost import detector_table
+    from epsanet.tasks.console import console
+
+    rows = detector_table()
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return 0
+    table = Table(title="The paper's detectors on COCO", box=box.SIMPLE_HEAD)
+    for title in ("detector", "backbone", "trained parameters", "paper", "box AP", "AP50", "AP75", "mask AP"):
+        table.add_column(title, justify="left" if title in ("detector", "backbone") else "right", no_wrap=True)
+    for row in rows:
+        paper = row.published
+        table.add_row(
+            row.architecture,
+            row.backbone,
+            f"{row.parameters:,}",
+            f"{paper.parameters:.2f} M",
+            *(f"{value:.1f}" for value in (paper.box_ap, paper.box_ap50, paper.box_ap75)),
+            f"{paper.mask_ap:.1f}" if paper.mask_ap else "",
+        )
+    console.print(table)
+    console.print(
+        "Parameters: 80 classes, stem and first stage frozen, scale and shift of the other norms trained.\n"
+        "AP is the paper's, on COCO val2017 after the 1x schedule; nobody has trained these with this package yet."
+    )
     return 0
 
 

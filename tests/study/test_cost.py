@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from epsanet.study.cost import cost, cost_table
+from epsanet.study.cost import cost, cost_table, detector_table
 
 # parameters, 10⁹ multiply-accumulates at 224×224; published: millions, 10⁹, top-1, top-5
 FIGURES = {
@@ -62,3 +62,19 @@ def test_multiply_accumulates_are_counted_layer_by_layer() -> None:
 def test_a_network_that_is_unknown_is_named() -> None:
     with pytest.raises(ValueError, match="no network 'epsanet51_small'; near it: epsanet50_small"):
         cost("epsanet51_small")
+
+
+def test_the_detectors_stand_beside_the_papers() -> None:
+    rows = {(row.architecture, row.backbone): row for row in detector_table()}
+    assert len(rows) == 6
+    row = rows["mask_rcnn", "epsanet50_large"]
+    assert row.parameters == 46_499_685
+    paper = row.published
+    assert (paper.parameters, paper.box_ap, paper.box_ap50, paper.box_ap75, paper.mask_ap) == (
+        46.50,
+        41.4,
+        62.3,
+        45.3,
+        37.1,
+    )
+    assert rows["retinanet", "epsanet50_small"].published.mask_ap is None

@@ -6,15 +6,17 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import BinaryIO, Literal
 
 import numpy as np
+from PIL import Image
 
 from epsanet._processes import agree, gather, rank, world_size
 from epsanet.data.images import ImageError, image_size, read_image
 from epsanet.data.samples import Samples, Subset
 
-__all__ = ["CheckReport", "check_images"]
+__all__ = ["CheckReport", "check_images", "look_at"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,24 @@ class CheckReport:
         return text + (f"; {len(self.bad):,} damaged" if self.bad else "")
 
 
+def look_at(
+    opened: Callable[[], Path | BinaryIO | Image.Image], depth: Literal["full", "headers"]
+) -> tuple[int, int] | str:
+    """Width and height of an image, or why it cannot be read.
+
+    Args:
+        opened: gives what ``read_image`` takes.
+        depth: decode the whole image, or look at its header only.
+    """
+    try:
+        source = opened()
+        return image_size(source) if depth == "headers" else read_image(source).size
+    except ImageError as error:
+        return str(error)
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"damaged: {error}"
+
+
 def check_images(
     samples: Samples,
     title: str,
@@ -71,13 +91,7 @@ def check_images(
     """
 
     def look(position: int) -> tuple[int, int] | str:
-        try:
-            source = samples.open(position)
-            return image_size(source) if depth == "headers" else read_image(source).size
-        except ImageError as error:
-            return str(error)
-        except (OSError, SyntaxError, ValueError) as error:
-            return f"damaged: {error}"
+        return look_at(lambda: samples.open(position), depth)
 
     def look_at_share() -> dict[int, tuple[int, int] | str]:
         share, found = range(rank(), len(samples), world_size()), {}

@@ -12,7 +12,8 @@ class DataConfig:
 
     source: str = "digits"
     """Data set: digits; a folder with train/ and val/ (and test/), or of class folders; a Parquet file or folder;
-    torch/NAME of torchvision, hfds/NAME of the Hugging Face Hub, or wds/FOLDER of WebDataset shards."""
+    torch/NAME of torchvision, hfds/NAME of the Hugging Face Hub, or wds/FOLDER of WebDataset shards. For detection:
+    digits-detection, or a folder of images with a COCO JSON for train and val."""
     root: str | None = None
     """Folder in which torch/ and hfds/ data sets lie or are put."""
     download: bool = False
@@ -78,6 +79,9 @@ class DataConfig:
     """Probability of CutMix where both are wanted."""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     """Whether a batch, a pair or an image has its own share."""
+    scale_jitter: tuple[float, float] | None = None
+    """Detection: smallest and largest factor of a random size, cropped or padded to the size without it; (0.8, 1.25)
+    is mild, (0.1, 2.0) the large-scale jitter of Ghiasi et al., CVPR 2021."""
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
@@ -106,6 +110,8 @@ class DataConfig:
                 raise ValueError(f"data.{name}={getattr(self, name)} is no probability; use 0 to 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"data.scale={self.scale} is impossible; use two rising shares of the area up to 1")
+        if self.scale_jitter is not None and not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
+            raise ValueError(f"data.scale_jitter={self.scale_jitter} is impossible; use two rising factors above 0")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"data.ratio={self.ratio} is impossible; use two rising ratios of width to height")
 

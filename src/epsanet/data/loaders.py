@@ -241,7 +241,7 @@ def worker_count(config: DataConfig) -> int:
     """Loader processes: the configured number, else one a core up to 8, none for the digits, which lie in memory."""
     if config.workers is not None:
         return config.workers
-    return 0 if config.source == "digits" else min(os.cpu_count() or 1, 8)
+    return 0 if config.source in ("digits", "digits-detection") else min(os.cpu_count() or 1, 8)
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:

@@ -52,7 +52,7 @@ _MAX_SIDE = 8192
 _ANY_COUNT = 1024
 """A number in a network's arguments up to this is never suspicious."""
 _WHERE_WEIGHTS_ARE = ("file", "url", "hf_hub_id", "hf_hub_filename", "state_dict", "source")
-_NOT_OF_A_NETWORK = {
+NOT_OF_A_NETWORK = {
     "cache_dir",
     "checkpoint_path",
     "feature_cfg",
@@ -182,7 +182,7 @@ def check_model_folder(folder: Path) -> None:
     for key in _WHERE_WEIGHTS_ARE:
         if preprocessing.get(key):
             raise ValueError(f"{path} says that the weights are elsewhere ({key}); remove {key} from it")
-    for key in _NOT_OF_A_NETWORK & arguments.keys():
+    for key in NOT_OF_A_NETWORK & arguments.keys():
         raise ValueError(f"{path} has model_args.{key}, which is no argument of a network; remove it")
     _check_size(folder, architecture, preprocessing, config, arguments)
 

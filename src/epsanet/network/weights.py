@@ -30,6 +30,7 @@ from epsanet._files import atomic_file, atomic_folder
 from epsanet.network.bundle import BUNDLE_NAME, NETWORK_NAMES, read_bundle
 from epsanet.network.epsanet import EPSABlock, EPSANet
 from epsanet.network.foreign import check_data_config, check_model_folder, check_tensors, read_checkpoint
+from epsanet.network.model_folder import is_detector
 from epsanet.network.shipped import shipped_folders
 
 __all__ = [
@@ -174,6 +175,8 @@ def find_model_folder(source: str | Path) -> Path | None:
 
 
 def _load_folder(folder: Path) -> LoadedModel:
+    if is_detector(folder):
+        raise ValueError(f"{folder} holds a detector; epsanet.load_detector reads it")
     check_model_folder(folder)
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)

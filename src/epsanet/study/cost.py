@@ -8,10 +8,12 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from epsanet.network.detector_config import Architecture, DetectorConfig
+from epsanet.network.detectors import create_detector
 from epsanet.network.weights import create_model
-from epsanet.study.published import PUBLISHED, Published
+from epsanet.study.published import PUBLISHED, PUBLISHED_DETECTORS, Published, PublishedDetector
 
-__all__ = ["Cost", "cost", "cost_table"]
+__all__ = ["Cost", "DetectorCost", "cost", "cost_table", "detector_table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +60,32 @@ def cost_table() -> list[Cost]:
     """Every EPSANet, the published ones first, each group by size."""
     rows = [cost(name) for name in timm.list_models("epsanet*")]
     return sorted(rows, key=lambda row: (row.published is None, -row.input_size, row.parameters))
+
+
+COCO_CLASSES = 80
+"""The "things" of COCO 2017."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorCost:
+    """Size of a detector as the 1x schedule trains it on COCO."""
+
+    architecture: Architecture
+    """As ``DetectorConfig`` names it."""
+    backbone: str
+    """As timm knows it."""
+    parameters: int
+    """Those that are trained: stem and first stage are frozen."""
+    published: PublishedDetector
+    """What the paper says."""
+
+
+def detector_table() -> list[DetectorCost]:
+    """The paper's detectors, counted without memory for their weights."""
+    rows = []
+    for (architecture, backbone), published in PUBLISHED_DETECTORS.items():
+        with torch.device("meta"):
+            detector = create_detector(backbone, COCO_CLASSES, DetectorConfig(architecture=architecture))
+        trained = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
+        rows.append(DetectorCost(architecture=architecture, backbone=backbone, parameters=trained, published=published))
+    return rows

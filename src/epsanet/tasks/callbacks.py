@@ -114,17 +114,13 @@ class History(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        assert pl_module.evaluation is not None
         loader: Any = trainer.train_dataloader
         self.rows.append(
             {
                 "epoch": trainer.current_epoch + 1,
                 "step": trainer.global_step,
                 "lr": pl_module.learning_rate,
-                "train_loss": float(pl_module.train_loss.compute()),
-                "val_loss": pl_module.evaluation.loss,
-                "val_top1": pl_module.evaluation.top1,
-                "val_top5": pl_module.evaluation.top5,
+                **pl_module.row(),
                 "data_wait": round(loader.waited / max(self._stepped - self._epoch_started, 1e-9), 4),
                 "seconds": round(self.seconds, 3),
             }
@@ -156,25 +152,24 @@ class Reporter(Callback):
         self.task = self.bar.add_task("training", total=self._total, completed=trainer.global_step)
         self.bar.start()
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        last = self.history.rows[-1] if self.history.rows else None
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Classifier)
         text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        text += f"  val top-1 {last['val_top1']:.2f} %" if last else ""
+        text += f"  {pl_module.headline(self.history.rows[-1])}" if self.history.rows else ""
         self.bar.update(self.task, completed=trainer.global_step, description=text)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
         row = self.history.rows[-1]
         done = trainer.global_step - self._first
         left = (time.monotonic() - self._start) / max(done, 1) * (self._total - trainer.global_step)
         console.print(
             f"epoch {row['epoch']:{len(str(trainer.max_epochs))}}/{trainer.max_epochs}  lr {row['lr']:.2e}  "
-            f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:6.2f} %  "
-            f"remaining {duration(left)}"
+            f"train loss {row['train_loss']:.4f}  {pl_module.headline(row)}  remaining {duration(left)}"
         )
         loader: Any = trainer.train_dataloader
         if row["data_wait"] > MUCH_WAITING and loader.waited > _SECONDS_OF_STARTING and not self._advised:
             self._advised = True
-            assert isinstance(pl_module, Classifier)
             assert pl_module.config is not None
             console.print(data_advice(row["data_wait"], pl_module.config.data))
 

@@ -152,17 +152,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the epoch of the highest validation accuracy; of equal ones the last, which was trained longest.
+    """Keeps the epoch of the highest score; of equal ones the last, which was trained longest.
 
     Args:
         folder: of the checkpoints.
+        monitor: the score, a column of ``metrics.csv``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, monitor: str) -> None:
         super().__init__(
             folder,
             filename=Path(BEST).stem,
-            monitor="val_top1",
+            monitor=monitor,
             mode="max",
             enable_version_counter=False,
             save_on_train_epoch_end=True,

@@ -44,6 +44,9 @@ class Classifier(lightning.LightningModule):
         updates_per_epoch: optimiser steps in an epoch, for the schedule.
     """
 
+    monitor = "val_top1"
+    """The column of ``metrics.csv`` that chooses the best epoch; higher is better."""
+
     def __init__(
         self, model: Any, class_names: list[str], config: TrainConfig | None = None, updates_per_epoch: int = 1
     ) -> None:
@@ -117,6 +120,21 @@ class Classifier(lightning.LightningModule):
         self.log_dict(
             {"val_top1": self.evaluation.top1, "val_top5": self.evaluation.top5, "val_loss": self.evaluation.loss}
         )
+
+    def row(self) -> dict[str, float]:
+        """The module's columns of an epoch in ``metrics.csv``."""
+        assert self.evaluation is not None
+        found = self.evaluation
+        return {
+            "train_loss": float(self.train_loss.compute()),
+            "val_loss": found.loss,
+            "val_top1": found.top1,
+            "val_top5": found.top5,
+        }
+
+    def headline(self, row: dict[str, float]) -> str:
+        """The score of an epoch in a few words."""
+        return f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:6.2f} %"
 
     def on_train_epoch_end(self) -> None:
         self.log("train_loss", self.train_loss.compute())

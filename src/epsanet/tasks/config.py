@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from epsanet.data.config import DataConfig
+from epsanet.network.detector_config import DetectorConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -54,7 +55,7 @@ class ScheduleConfig:
     """Shape of the decay."""
     epochs: int = 120
     """Passes over the training images."""
-    warmup_epochs: int = 0
+    warmup_epochs: float = 0
     """Epochs of linear rise from warmup_lr at the start, part of ``epochs``."""
     warmup_lr: float = 1e-5
     """Where the rise begins."""
@@ -90,6 +91,8 @@ class TrainConfig:
     of its depth and widths: PSA modules inherit from its 3×3 convolutions."""
     freeze_epochs: int = 0
     """Epochs at the start that train the classifier only; all else is frozen, norms with it."""
+    detector: DetectorConfig | None = None
+    """Train a detector with the network as its backbone, instead of a classifier."""
     data: DataConfig = field(default_factory=DataConfig)
     """Data set, preprocessing and augmentation."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

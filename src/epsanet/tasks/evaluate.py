@@ -45,7 +45,7 @@ class _Bar(Callback):
         self.bar.stop()
 
 
-def evaluate_module(module: Classifier, loader: DataLoader[Any], processes: Processes, precision: Any) -> Evaluation:
+def evaluate_module(module: Classifier, loader: DataLoader[Any], processes: Processes, precision: Any) -> Any:
     """Run a classifier over a loader by Lightning; with the weights of the first process in all.
 
     Args:
@@ -55,7 +55,7 @@ def evaluate_module(module: Classifier, loader: DataLoader[Any], processes: Proc
         precision: Lightning's name of the arithmetic.
 
     Returns:
-        The same in all processes.
+        The module's evaluation, the same in all processes.
     """
     with quiet_lightning():
         trainer = lightning.Trainer(

@@ -13,13 +13,14 @@ from torch import Tensor
 from epsanet._files import atomic_file
 from epsanet.tasks.scores import Evaluation
 
-__all__ = ["save_batch", "save_confusion_matrix", "save_curves"]
+__all__ = ["save_batch", "save_confusion_matrix", "save_curves", "save_figure"]
 
 _NAMED_CLASSES = 30
 """A confusion matrix of more classes goes without names and numbers."""
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG file, whole or not at all."""
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
@@ -49,7 +50,7 @@ def save_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
     for axes in (loss, accuracy, rate):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_confusion_matrix(path: Path, evaluation: Evaluation, title: str) -> None:
@@ -84,7 +85,7 @@ def save_confusion_matrix(path: Path, evaluation: Evaluation, title: str) -> Non
         ylabel="true",
     )
     figure.colorbar(picture, label="share of the true class", shrink=0.8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_batch(
@@ -111,4 +112,4 @@ def save_batch(
         axes.set_title(str(labels[place])[:18], fontsize=8)
         axes.set_axis_off()
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)

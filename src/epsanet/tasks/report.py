@@ -28,7 +28,7 @@ def announce(run: Run, *, resumed: bool) -> None:
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     table = Table.grid(padding=(0, 2))
     height, width = run.data_config["input_size"][1:]
-    table.add_row("network", f"{config.model}, {parameters:,} parameters, input {height}×{width}")
+    table.add_row("network", f"{run.title}, {parameters:,} parameters, input {height}×{width}")
     if run.start is not None:
         table.add_row("starts from", f"{config.init_from}: {run.start}")
     device, count, batch = run.processes.device, run.processes.world_size, config.data.batch_size

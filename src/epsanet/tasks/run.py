@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.models import get_model_args
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from epsanet._processes import agree, first, rank, world_size
 from epsanet.data.check import CheckReport, check_images
-from epsanet.data.loaders import evaluation_transform, train_transform
+from epsanet.data.loaders import TrainLoader, evaluation_loader, evaluation_transform, train_loader, train_transform
 from epsanet.data.sources import DataSplits, open_data
 from epsanet.data.streams import Stream
 from epsanet.network.inherit import Start, start_from
-from epsanet.network.weights import LoadedModel, create_model, load_model
+from epsanet.network.weights import LoadedModel, create_model, load_model, save_model
+from epsanet.tasks.card import model_card
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import messages, track
+from epsanet.tasks.figures import save_batch, save_confusion_matrix, save_curves
+from epsanet.tasks.inference import inference_network
 from epsanet.tasks.launch import Processes
 
-__all__ = ["Run", "prepare"]
+__all__ = ["Run", "prepare", "run_folder"]
 
 
 @dataclass(kw_only=True)
@@ -36,10 +44,10 @@ class Run:
     """As it was asked for; with ``init_from``, network and preprocessing are filled in."""
     processes: Processes
     """Where they compute."""
-    splits: DataSplits
-    """Images that can be read."""
-    reports: list[CheckReport]
-    """What the check found."""
+    splits: Any
+    """Images that can be read, ``DataSplits``; those of a detector are ``DetectionSplits``."""
+    reports: Sequence[Any]
+    """What the check found, a split each: its ``title``, and the rest as text."""
     model: Any
     """The network, with its first weights."""
     data_config: dict[str, Any]
@@ -54,6 +62,93 @@ class Run:
         """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
+    @property
+    def title(self) -> str:
+        """What is trained."""
+        return self.config.model
+
+    def train_loader(self, workers: int | None = None) -> TrainLoader:
+        """Augmented batches; with the configured number of workers when left out."""
+        data = self.config.data if workers is None else replace(self.config.data, workers=workers)
+        return train_loader(self.splits.train, data, self.data_config, self.config.seed)
+
+    def evaluation_loader(self, split: str) -> DataLoader[Any]:
+        """Batches of val or test, each image once."""
+        return evaluation_loader(getattr(self.splits, split), self.config.data, self.data_config)
+
+    def module(self, updates_per_epoch: int = 1) -> Classifier:
+        """The network as Lightning trains it."""
+        return Classifier(self.model, self.splits.class_names, self.config, updates_per_epoch)
+
+    def inference_module(self) -> Classifier:
+        """The network as it is evaluated."""
+        network = inference_network(
+            self.model, self.data_config["input_size"], self.processes.device, self.config.precision
+        )
+        return Classifier(network, self.splits.class_names)
+
+    def draw_first_batch(self) -> None:
+        """What the network will see, into the run folder."""
+        images, labels, _ = next(iter(self.train_loader(workers=0)))
+        names = self.splits.class_names
+        mixer = self.module().mixer
+        targets = F.one_hot(labels, len(names))
+        if mixer is not None:
+            images, targets = mixer(images, labels, epoch=0, batch=0)
+        save_batch(
+            self.folder / "train_batch.png",
+            images,
+            [_target_title(target, names) for target in targets],
+            self.data_config["mean"],
+            self.data_config["std"],
+            "training images as the network sees them",
+        )
+
+    def draw_results(self, evaluation: Any, split: str, rows: list[dict[str, float]]) -> None:
+        """Curves and confusion matrix, into the run folder."""
+        save_curves(self.folder / "curves.png", rows)
+        save_confusion_matrix(self.folder / "confusion_matrix.png", evaluation, f"{split} split of {self.splits.name}")
+
+    def save_model(
+        self, folder: Path, *, split: str, evaluation: Any, epoch: int, seconds: float, hardware: str
+    ) -> None:
+        """Write the model folder with its card, and read it back.
+
+        Args:
+            folder: where to.
+            split: that was evaluated.
+            evaluation: the result on it.
+            epoch: whose weights these are.
+            seconds: that training took.
+            hardware: name of the processor or GPU.
+        """
+        self.model.to(device="cpu", memory_format=torch.contiguous_format)
+        card = model_card(
+            config=self.config,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            class_names=self.splits.class_names,
+            input_size=self.data_config["input_size"],
+            licence=self.model.pretrained_cfg.get("license"),
+            split=split,
+            evaluation=evaluation,
+            epoch=epoch,
+            seconds=seconds,
+            processes=self.processes.world_size,
+            hardware=hardware,
+        )
+        save_model(folder, self.model, self.splits.class_names, self.data_config, card)
+        load_model(folder)
+
+
+def _target_title(target: Tensor, names: list[str]) -> str:
+    """The class of an image, or ``37 % cat, 63 % dog`` of one that was mixed of two."""
+    shares, places = target.float().topk(min(2, len(names)))
+    if len(places) < 2 or shares[1] < 0.05:  # the rest is label smoothing
+        return names[int(places[0])]
+    return ", ".join(
+        f"{share:.0%} {names[place]}" for share, place in zip(shares.tolist(), places.tolist(), strict=True)
+    )
+
 
 def prepare(config: TrainConfig, processes: Processes, folder: Path | None, *, resumed: bool) -> Run:
     """Everything that can fail for the user's reasons, before anything is written.
@@ -67,7 +162,7 @@ def prepare(config: TrainConfig, processes: Processes, folder: Path | None, *, r
     Raises:
         ValueError: for what cannot run, in all processes where it is so in one.
     """
-    folder = folder or first(lambda: _run_folder(config))
+    folder = folder or first(lambda: run_folder(config))
     splits = _open_data(config)
     config, model, data_config, start = agree(lambda: _build(config, processes, splits, resumed=resumed))
     reports = agree(lambda: _check(splits, config))
@@ -143,7 +238,12 @@ def _filled_in(config: TrainConfig, source: LoadedModel | None) -> TrainConfig:
     )
 
 
-def _run_folder(config: TrainConfig) -> Path:
+def run_folder(config: TrainConfig) -> Path:
+    """Where a new run goes.
+
+    Raises:
+        ValueError: when something else is there.
+    """
     if config.output is None:
         name = Path(config.data.source).name or "run"
         return (Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()

@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning
 import torch
@@ -14,12 +15,10 @@ import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.nn import functional as F
 
 from epsanet._files import atomic_file
 from epsanet._processes import agree, first, gather, in_company, rank
-from epsanet.data.loaders import TrainLoader, evaluation_loader, train_loader
-from epsanet.network.weights import load_model, save_model
+from epsanet.data.loaders import TrainLoader
 from epsanet.tasks.callbacks import (
     History,
     LastCheckpoint,
@@ -27,20 +26,20 @@ from epsanet.tasks.callbacks import (
     Reporter,
     TrainingInterrupted,
 )
-from epsanet.tasks.card import model_card
 from epsanet.tasks.checkpoints import BEST, LAST, AtomicCheckpointIO, BestCheckpoint, read
-from epsanet.tasks.classification import Classifier, DivergedError
+from epsanet.tasks.classification import DivergedError
 from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.console import console, duration, quiet_lightning
 from epsanet.tasks.devices import processor_name, resolve_device
 from epsanet.tasks.evaluate import evaluate_module
-from epsanet.tasks.figures import save_batch, save_confusion_matrix, save_curves
-from epsanet.tasks.inference import inference_network
-from epsanet.tasks.launch import launch
+from epsanet.tasks.launch import Processes, launch
 from epsanet.tasks.report import announce, has_tensorboard, next_commands, shown
 from epsanet.tasks.resume import find_start, run_config
 from epsanet.tasks.run import Run, prepare
 from epsanet.tasks.scores import Evaluation
+
+if TYPE_CHECKING:
+    from epsanet.tasks.detection.scores import DetectionEvaluation
 
 __all__ = ["TrainResult", "TrainingInterrupted", "train"]
 
@@ -55,16 +54,17 @@ class TrainResult:
     """The model folder in it."""
     split: str
     """The split that was evaluated: test, or val where there is no test split."""
-    evaluation: Evaluation
+    evaluation: Evaluation | DetectionEvaluation
     """Of the best checkpoint on that split."""
 
 
 def train(config: TrainConfig | None = None, *, resume: str | Path | None = None) -> TrainResult:
-    """Train a classifier, test its best checkpoint, and write a run folder.
+    """Train a classifier, or a detector where ``config.detector`` says which; test its best checkpoint.
 
-    The folder holds ``config.yaml``, ``metrics.csv``, TensorBoard events, ``curves.png``, ``confusion_matrix.png``,
+    The run folder holds ``config.yaml``, ``metrics.csv``, TensorBoard events, ``curves.png``, ``confusion_matrix.png``,
     ``train_batch.png``, ``checkpoints/`` with ``last.ckpt``, ``previous.ckpt`` and ``best.ckpt``, and the model folder
-    ``model/``. With several processes, each calls this, and the first writes.
+    ``model/``; that of a detector ``val_batch.png``, ``precision_recall.png`` and ``worst.png`` too. With several
+    processes, each calls this, and the first writes.
 
     Args:
         config: the run; the recipe ``digits``, or the one that is resumed, when left out.
@@ -83,11 +83,19 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
         if resume is None and any(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)):
             resume = "auto"
         folder, checkpoint = first(lambda: find_start(config, resume, processes))
-        run = prepare(config, processes, folder, resumed=checkpoint is not None)
+        run = _prepare(config, processes, folder, resumed=checkpoint is not None)
         announce(run, resumed=checkpoint is not None)
         agree(lambda: _write_start(run) if rank() == 0 else None)
         history = _fit(run, checkpoint)
         return _finish(run, history)
+
+
+def _prepare(config: TrainConfig, processes: Processes, folder: Path | None, *, resumed: bool) -> Run:
+    if config.detector is None:
+        return prepare(config, processes, folder, resumed=resumed)
+    from epsanet.tasks.detection.run import prepare_detection  # its libraries take a second to import
+
+    return prepare_detection(config, processes, folder)
 
 
 def _write_start(run: Run) -> None:
@@ -99,11 +107,11 @@ def _write_start(run: Run) -> None:
 
 def _training_batches(run: Run) -> TrainLoader:
     """The loader, after the first process has drawn a first batch."""
-    loader = train_loader(run.splits.train, run.config.data, run.data_config, run.config.seed)
+    loader = run.train_loader()
     if len(loader) == 0:
         raise ValueError(f"{run.config.data.source} has fewer images than one batch; lower --data.batch_size")
     if rank() == 0:
-        _save_first_batch(run)
+        run.draw_first_batch()
     return loader
 
 
@@ -111,13 +119,13 @@ def _fit(run: Run, checkpoint: Path | None) -> History:
     config = run.config
     loader = agree(lambda: _training_batches(run))
     history = History(run.folder / "metrics.csv")
-    updates = math.ceil(len(loader) / config.accumulate_grad_batches)
-    module = Classifier(run.model, run.splits.class_names, config, updates)
+    module = run.module(math.ceil(len(loader) / config.accumulate_grad_batches))
     if config.compile:
         run.model.compile()  # in place, so that names of weights stay as they are
     with quiet_lightning():
         trainer = lightning.Trainer(
-            **run.processes.trainer_arguments(frozen=config.freeze_epochs > 0),
+            # A detector's head that has nothing to learn from a batch has no gradient either.
+            **run.processes.trainer_arguments(frozen=config.freeze_epochs > 0 or config.detector is not None),
             precision=config.precision,
             max_epochs=config.schedule.epochs,
             accumulate_grad_batches=config.accumulate_grad_batches,
@@ -129,7 +137,7 @@ def _fit(run: Run, checkpoint: Path | None) -> History:
                 history,
                 Reporter(history),
                 RandomStates(),
-                BestCheckpoint(run.checkpoints),
+                BestCheckpoint(run.checkpoints, module.monitor),
                 LastCheckpoint(run.checkpoints / LAST, config.train_time_interval),
             ],
             plugins=[AtomicCheckpointIO()],
@@ -142,7 +150,7 @@ def _fit(run: Run, checkpoint: Path | None) -> History:
             trainer.fit(
                 module,
                 loader,
-                evaluation_loader(run.splits.val, config.data, run.data_config),
+                run.evaluation_loader("val"),
                 ckpt_path=None if checkpoint is None else str(checkpoint),
             )
         except DivergedError as error:
@@ -159,45 +167,13 @@ def _list_images(run: Run, images: list[str]) -> str:
     return f"the {len(images)} images of its batch are listed in {shown(run.folder / 'diverged.txt')}"
 
 
-def _save_first_batch(run: Run) -> None:
-    preview: TrainLoader = train_loader(
-        run.splits.train, dataclasses.replace(run.config.data, workers=0), run.data_config, run.config.seed
-    )
-    images, labels, _ = next(iter(preview))
-    names = run.splits.class_names
-    mixer = Classifier(run.model, names, run.config).mixer
-    targets = F.one_hot(labels, len(names))
-    if mixer is not None:
-        images, targets = mixer(images, labels, epoch=0, batch=0)
-    save_batch(
-        run.folder / "train_batch.png",
-        images,
-        [_target_title(target, names) for target in targets],
-        run.data_config["mean"],
-        run.data_config["std"],
-        "training images as the network sees them",
-    )
-
-
-def _target_title(target: Tensor, names: list[str]) -> str:
-    """The class of an image, or ``37 % cat, 63 % dog`` of one that was mixed of two."""
-    shares, places = target.float().topk(min(2, len(names)))
-    if len(places) < 2 or shares[1] < 0.05:  # the rest is label smoothing
-        return names[int(places[0])]
-    return ", ".join(
-        f"{share:.0%} {names[place]}" for share, place in zip(shares.tolist(), places.tolist(), strict=True)
-    )
-
-
 def _finish(run: Run, history: History) -> TrainResult:
     """Test the best checkpoint and leave it as a model folder."""
     epoch, weights = first(lambda: _best(run))
-    Classifier(run.model, run.splits.class_names, run.config).load_state_dict(weights)
+    run.module().load_state_dict(weights)
     split = "val" if run.splits.test is None else "test"
-    loader = evaluation_loader(getattr(run.splits, split), run.config.data, run.data_config)
-    network = inference_network(run.model, run.data_config["input_size"], run.processes.device, run.config.precision)
-    module = Classifier(network, run.splits.class_names)
-    evaluation = evaluate_module(module, loader, run.processes, run.config.precision)
+    loader = run.evaluation_loader(split)
+    evaluation = evaluate_module(run.inference_module(), loader, run.processes, run.config.precision)
     result = TrainResult(run=run.folder, model=run.folder / "model", split=split, evaluation=evaluation)
     if rank() == 0:
         _write_result(run, result, history, epoch)
@@ -212,26 +188,16 @@ def _best(run: Run) -> tuple[int, dict[str, Tensor]]:
 
 def _write_result(run: Run, result: TrainResult, history: History, epoch: int) -> None:
     """Pictures, the model folder, and what to do with it."""
-    title = f"{result.split} split of {run.splits.name}"
-    save_curves(run.folder / "curves.png", history.rows)
-    save_confusion_matrix(run.folder / "confusion_matrix.png", result.evaluation, title)
-    run.model.to(device="cpu", memory_format=torch.contiguous_format)
+    run.draw_results(result.evaluation, result.split, history.rows)
     device = run.processes.device
-    card = model_card(
-        config=run.config,
-        parameters=sum(parameter.numel() for parameter in run.model.parameters()),
-        class_names=run.splits.class_names,
-        input_size=run.data_config["input_size"],
-        licence=run.model.pretrained_cfg.get("license"),
+    run.save_model(
+        result.model,
         split=result.split,
         evaluation=result.evaluation,
         epoch=epoch,
         seconds=history.seconds,
-        processes=run.processes.world_size,
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
     )
-    save_model(result.model, run.model, run.splits.class_names, run.data_config, card)
-    load_model(result.model)  # what was written can be read
     console.print(f"\n{result.split} {result.evaluation} with the best checkpoint, of epoch {epoch}", style="bold")
     waited = f"{100 * history.data_wait:.0f} % of its steps' time waiting for images"
     console.print(f"training took {duration(history.seconds)}, {waited}; the model is in {shown(result.model)}\n")

@@ -1,0 +1,454 @@
+"""COCO's JSON format: folders of images with boxes and masks, checked before anything is trained on them.
+
+A data set is a folder with a JSON file and a folder of images for each split, in one of the usual layouts::
+
+    annotations/instances_train2017.json   train2017/*.jpg        COCO's own
+    train.json                             train/*.jpg            or images/train/*.jpg
+    train/_annotations.coco.json           train/*.jpg            Roboflow's
+
+Segmentations may be polygons or run-length encodings, compressed or not; ids may have gaps; crowd regions and images
+without objects are kept. A class is its *name*: labels follow the training split's list of names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from epsanet.data.check import look_at
+from epsanet.data.config import DataConfig
+from epsanet.data.detection import DetectionSamples, DetectionSplits, Objects, SplitReport
+from epsanet.data.images import IMAGE_SUFFIXES, ImageError, read_image
+from epsanet.data.samples import match_classes
+from epsanet.data.sources import TEST_NAMES, TRAIN_NAMES, VAL_NAMES, require
+
+__all__ = ["CocoSamples", "check_coco", "find_coco_splits", "open_coco", "open_coco_split", "read_rle"]
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+_TOLERANCE = 1.0
+"""Annotators' tools round: a box may reach so many pixels out of its image without being called wrong."""
+
+
+class CocoSamples(DetectionSamples):
+    """One split: a JSON file and its folder of images, as they are; ``check_coco`` leaves out what is wrong.
+
+    Args:
+        file: the JSON file.
+        folder: of the images.
+        class_names: whose order labels follow; the categories of the file, by their ids, when left out.
+
+    Raises:
+        ValueError: when the file is no COCO JSON, or has classes that ``class_names`` lacks.
+    """
+
+    def __init__(self, file: Path, folder: Path, class_names: list[str] | None = None) -> None:
+        content = _read_json(file)
+        self.file, self.folder = file, folder
+        self.problems: dict[str, list[str]] = {}
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.images: list[dict[str, Any]] = self._unique(content["images"], "image")
+        categories = self._unique(categories, "category")
+        names = [str(category["name"]) for category in categories]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"{file} names a category twice: {', '.join(twice)}; give each its own name")
+        self._categories = {category["id"]: name for category, name in zip(categories, names, strict=True)}
+        self._unique(content["annotations"], "annotation", drop=False)
+        self._annotations: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in self.images}
+        for annotation in content["annotations"]:
+            self._add(annotation)
+        self.class_names = names if class_names is None else class_names
+        used = [name for name in names if class_names is None or name in class_names or self._counts()[name]]
+        try:
+            places, _ = match_classes(used, self.class_names)
+        except ValueError as error:
+            raise ValueError(f"{file} does not fit: {error}") from error
+        self._labels = dict(zip(used, places, strict=True))
+        self._category_ids = {
+            self._labels[name]: number for number, name in self._categories.items() if name in self._labels
+        }
+
+    def _unique(self, entries: list[dict[str, Any]], kind: str, *, drop: bool = True) -> list[dict[str, Any]]:
+        seen: dict[Any, dict[str, Any]] = {}
+        for entry in entries:
+            if entry["id"] in seen:
+                self.found(f"duplicate {kind} ids", f"{kind} {entry['id']}")
+            elif drop:
+                seen[entry["id"]] = entry
+            else:
+                seen[entry["id"]] = {}
+        return list(seen.values())
+
+    def _add(self, annotation: dict[str, Any]) -> None:
+        title = f"annotation {annotation['id']}"
+        if annotation["image_id"] not in self._annotations:
+            self.found("annotations of unknown images", f"{title} of image {annotation['image_id']}")
+        elif annotation["category_id"] not in self._categories:
+            self.found("annotations of unknown categories", f"{title} of category {annotation['category_id']}")
+        else:
+            self._annotations[annotation["image_id"]].append(annotation)
+
+    def found(self, kind: str, name: str) -> None:
+        """Note something wrong."""
+        self.problems.setdefault(kind, []).append(name)
+
+    def _counts(self) -> Counter[str]:
+        return Counter(
+            self._categories[entry["category_id"]]
+            for entries in self._annotations.values()
+            for entry in entries
+            if not entry.get("iscrowd")
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def has_masks(self) -> bool:  # type: ignore[override]
+        """Whether every object has a segmentation."""
+        return all(entry.get("segmentation") for entries in self._annotations.values() for entry in entries)
+
+    def path(self, position: int) -> Path:
+        """File of an image."""
+        return self.folder / self.images[position]["file_name"]
+
+    def name(self, position: int) -> str:
+        return str(self.path(position))
+
+    def image_id(self, position: int) -> int | str:
+        number: int | str = self.images[position]["id"]
+        return number
+
+    def category_id(self, label: int) -> int:
+        return self._category_ids.get(label, -1)
+
+    def annotations(self, position: int) -> list[dict[str, Any]]:
+        """Of an image, as they stand in the file."""
+        return self._annotations[self.images[position]["id"]]
+
+    def read(self, position: int, epoch: int = 0, *, masks: bool = True) -> tuple[Image.Image, Objects]:  # noqa: ARG002
+        try:
+            image = read_image(self.path(position))
+        except ImageError as error:
+            raise ValueError(f"{self.name(position)}: {error}") from error
+        return image, self.objects(position, image.height, image.width, masks=masks)
+
+    def objects(self, position: int, height: int, width: int, *, masks: bool) -> Objects:
+        """Boxes, labels and masks of an image, boxes cut at its border."""
+        entries = self.annotations(position)
+        boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+        decoded = [read_rle(entry["segmentation"], height, width) for entry in entries] if masks else []
+        shape = (0, height, width)
+        return Objects(
+            boxes=boxes.float(),
+            labels=torch.tensor(
+                [self._labels[self._categories[entry["category_id"]]] for entry in entries], dtype=torch.int64
+            ),
+            iscrowd=torch.tensor([int(entry.get("iscrowd", 0)) for entry in entries], dtype=torch.int64),
+            area=torch.tensor(
+                [entry.get("area") or entry["bbox"][2] * entry["bbox"][3] for entry in entries], dtype=torch.float32
+            ),
+            masks=(torch.from_numpy(np.stack(decoded)) if decoded else torch.zeros(shape, dtype=torch.uint8))
+            if masks
+            else None,
+        )
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Leave all other images out."""
+        self.images = [self.images[position] for position in positions]
+
+    def keep_annotations(self, position: int, kept: list[dict[str, Any]]) -> None:
+        """Leave all other annotations of an image out."""
+        self._annotations[self.images[position]["id"]] = kept
+
+    def report(self, title: str, sizes: list[tuple[int, int]]) -> SplitReport:
+        """What the split holds."""
+        entries = [self.annotations(position) for position in range(len(self))]
+        counts: Counter[int] = Counter(
+            self._labels[self._categories[entry["category_id"]]]
+            for group in entries
+            for entry in group
+            if not entry.get("iscrowd")
+        )
+        widths, heights = zip(*sizes, strict=True)
+        least, most = f"{min(widths)}×{min(heights)}", f"{max(widths)}×{max(heights)}"
+        return SplitReport(
+            title=title,
+            images=len(self),
+            empty=sum(not group for group in entries),
+            per_class={name: counts[label] for label, name in enumerate(self.class_names)},
+            crowds=sum(bool(entry.get("iscrowd")) for group in entries for entry in group),
+            size=least if least == most else f"{least} to {most}",
+            problems=self.problems,
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
+    wanted = {
+        "images": ("id", "file_name"),
+        "annotations": ("id", "image_id", "category_id", "bbox"),
+        "categories": ("id", "name"),
+    }
+    for key, fields in wanted.items():
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{file} is no COCO JSON: it has no list {key!r}")
+        for entry in entries:
+            lacking = [name for name in fields if not isinstance(entry, dict) or name not in entry]
+            if lacking:
+                raise ValueError(
+                    f"{file} is no COCO JSON: an entry of {key!r} has no {lacking[0]!r}: {str(entry)[:80]}"
+                )
+    return content
+
+
+def read_rle(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """A segmentation as a mask of shape ``H, W``, uint8, 0 or 1.
+
+    Args:
+        segmentation: polygons, or a run-length encoding, compressed or not.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+
+    Raises:
+        ValueError: when it is none of these, or of another size.
+    """
+    from faster_coco_eval.core import mask
+
+    reason = _segmentation_error(segmentation, height, width)
+    if reason:
+        raise ValueError(f"a segmentation {reason}")
+    if isinstance(segmentation, list):
+        encoded = mask.merge(mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        encoded = mask.frPyObjects(segmentation, height, width)
+    else:
+        encoded = segmentation
+    decoded: np.ndarray = mask.decode(encoded)
+    return decoded
+
+
+def _segmentation_error(segmentation: Any, height: int, width: int) -> str:
+    if isinstance(segmentation, list):
+        good = all(
+            isinstance(polygon, list)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
+            and all(isinstance(value, int | float) for value in polygon)
+            for polygon in segmentation
+        )
+        return "" if segmentation and good else "has a polygon of less than three corners"
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        return "is neither polygons nor a run-length encoding"
+    if list(segmentation["size"]) != [height, width]:
+        return f"is of size {segmentation['size']}, not {[height, width]}"
+    counts = segmentation["counts"]
+    if isinstance(counts, list) and sum(counts) != height * width:
+        return "has counts that do not fill the image"
+    return "" if isinstance(counts, list | str) else "has counts that are neither a list nor a text"
+
+
+def check_coco(
+    samples: CocoSamples, title: str, config: DataConfig, *, masks: bool, progress: Progress = lambda items, _: items
+) -> SplitReport:
+    """Look at every image and annotation of a split, and leave out what cannot be used.
+
+    Args:
+        samples: the split; changed in place.
+        title: what to call it.
+        config: ``check`` decodes whole images or reads headers; ``on_bad_image="raise"`` stops at anything wrong.
+        masks: whether segmentations are used.
+        progress: wraps the results as they come, with their number, to show how far it is.
+
+    Raises:
+        ValueError: with ``on_bad_image="raise"``, and when no image can be used.
+    """
+    sizes: list[tuple[int, int]] = []
+    kept: list[int] = []
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        looked = pool.map(lambda place: look_at(lambda: samples.path(place), config.check), range(len(samples)))
+        for position, size in enumerate(progress(looked, len(samples))):
+            if _image_is_good(samples, position, size):
+                assert not isinstance(size, str)
+                kept.append(position)
+                sizes.append(size)
+                samples.keep_annotations(position, _good_annotations(samples, position, size, masks=masks))
+    if samples.problems and config.on_bad_image == "raise":
+        first = "; ".join(f"{len(names):,} {kind} ({names[0]})" for kind, names in samples.problems.items())
+        raise ValueError(f"{samples.file}: {first}; mend them, or use --data.on_bad_image=skip")
+    if not kept:
+        raise ValueError(f"the {title} split has no usable image; {samples.file} names images in {samples.folder}")
+    samples.keep(kept)
+    return samples.report(title, sizes)
+
+
+def _image_is_good(samples: CocoSamples, position: int, size: tuple[int, int] | str) -> bool:
+    image, name = samples.images[position], samples.name(position)
+    if isinstance(size, str):
+        samples.found("missing images" if size == "no such file" else "damaged images", f"{name} ({size})")
+        return False
+    said = (image.get("width", size[0]), image.get("height", size[1]))
+    if said != size:
+        text = f"{name} ({size[0]}×{size[1]}, in the file {said[0]}×{said[1]})"
+        samples.found("images of another size than the file says", text)
+        return False
+    return True
+
+
+def _good_annotations(
+    samples: CocoSamples, position: int, size: tuple[int, int], *, masks: bool
+) -> list[dict[str, Any]]:
+    kept = []
+    for entry in samples.annotations(position):
+        name = f"annotation {entry['id']} of {samples.images[position]['file_name']}"
+        box = entry["bbox"]
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)):
+            samples.found("boxes that are not four numbers", name)
+            continue
+        x, y, width, height = box
+        if not (width > 0 and height > 0):  # NaN neither
+            samples.found("boxes without area", name)
+            continue
+        if x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0:
+            samples.found("boxes outside the image", name)
+            continue
+        reach = max(-x, -y, x + width - size[0], y + height - size[1])
+        if reach > _TOLERANCE:
+            samples.found("boxes reaching out of the image, cut at its border", name)
+        reason = _segmentation_error(entry.get("segmentation"), size[1], size[0]) if masks else ""
+        if reason:
+            samples.found("objects without a usable segmentation", f"{name} ({reason})")
+            continue
+        kept.append(entry)
+    return kept
+
+
+def find_coco_splits(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """JSON file and image folder of each split (train, val, test) in one of the usual layouts.
+
+    Args:
+        folder: of the data set.
+
+    Raises:
+        ValueError: when there is no such folder, or a JSON file without a folder of images.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; --data takes {_WANTED}")
+    found = {}
+    for title, names in (("train", TRAIN_NAMES), ("val", VAL_NAMES), ("test", TEST_NAMES)):
+        file = next(filter(None, (_json_of(folder, name) for name in names)), None)
+        if file is None:
+            continue
+        images = next(filter(None, (_images_of(folder, name, file) for name in names)), None)
+        if images is None:
+            raise ValueError(
+                f"{file} has no folder of images beside it: {folder / title} or {folder / 'images' / title}"
+            )
+        found[title] = (file, images)
+    return found
+
+
+_WANTED = "digits-detection, or a folder with annotations/instances_train.json and _val.json beside train/ and val/"
+
+
+def _json_of(folder: Path, name: str) -> Path | None:
+    inside = [*sorted(folder.glob(f"{name}*/*.json"))]
+    files = [*sorted((folder / "annotations").glob("*.json")), *sorted(folder.glob("*.json"))]
+    named = [file for file in files if name in _words(file)]
+    instances = [file for file in named if file.stem.startswith("instances")]
+    return next(iter([*instances, *named, *inside]), None)
+
+
+def _words(file: Path) -> list[str]:
+    """``instances_train2017`` is about train."""
+    return [word.rstrip("0123456789") for word in file.stem.replace("-", "_").split("_")]
+
+
+def _images_of(folder: Path, name: str, file: Path) -> Path | None:
+    if file.parent.name.startswith(name):
+        return file.parent
+    years = [file.stem.rpartition(name)[2], ""]
+    places = [parent / f"{name}{year}" for year in years for parent in (folder, folder / "images")]
+    places += [folder / "images", folder]
+    return next((place for place in places if place.is_dir() and _holds_images(place)), None)
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in folder.iterdir())
+
+
+def open_coco(config: DataConfig, *, masks: bool, progress: Callable[[str], Progress]) -> DetectionSplits:
+    """Open and check all splits of a folder.
+
+    Args:
+        config: its ``source``, ``on_bad_image`` and ``check``.
+        masks: whether segmentations are used.
+        progress: for the title of a split, what wraps its check.
+
+    Raises:
+        ValueError: when a split is lacking, damaged, or does not fit the others.
+    """
+    require("faster_coco_eval", "detection")
+    found = find_coco_splits(Path(config.source))
+    for title in ("train", "val"):
+        if title not in found:
+            raise ValueError(f"{config.source} has no COCO JSON for {title}; --data takes {_WANTED}")
+    splits: dict[str, CocoSamples] = {}
+    reports = []
+    for title, (file, folder) in found.items():
+        names = splits["train"].class_names if splits else None
+        splits[title] = CocoSamples(file, folder, names)
+        _refuse_lacking_masks(splits[title], masks=masks)
+        reports.append(check_coco(splits[title], title, config, masks=masks, progress=progress(title)))
+    return DetectionSplits(
+        name=config.source, train=splits["train"], val=splits["val"], test=splits.get("test"), reports=reports
+    )
+
+
+def open_coco_split(
+    config: DataConfig, split: str | None, class_names: list[str], *, masks: bool, progress: Callable[[str], Progress]
+) -> tuple[CocoSamples, SplitReport]:
+    """Open and check one split for evaluation, its labels matched by name to the classes of a detector.
+
+    Args:
+        config: its ``source``, ``on_bad_image`` and ``check``.
+        split: train, val or test; test if there is one, else val, when left out.
+        class_names: of the detector.
+        masks: whether segmentations are used.
+        progress: for the title of a split, what wraps its check.
+
+    Raises:
+        ValueError: when there is no such split, or it has classes that the detector does not know.
+    """
+    require("faster_coco_eval", "detection")
+    found = find_coco_splits(Path(config.source))
+    wanted = split or next((title for title in ("test", "val") if title in found), "val")
+    if wanted not in found:
+        raise ValueError(f"{config.source} has no COCO JSON for {wanted}, only {', '.join(found) or 'none at all'}")
+    samples = CocoSamples(*found[wanted], class_names)
+    masks = masks and samples.has_masks
+    return samples, check_coco(samples, wanted, config, masks=masks, progress=progress(wanted))
+
+
+def _refuse_lacking_masks(samples: CocoSamples, *, masks: bool) -> None:
+    entries = [entry for position in range(len(samples)) for entry in samples.annotations(position)]
+    if masks and entries and not any(entry.get("segmentation") for entry in entries):
+        raise ValueError(
+            f"{samples.file} has boxes but no segmentations; train --detector.architecture=faster_rcnn or retinanet"
+        )

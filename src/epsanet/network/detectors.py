@@ -1,0 +1,346 @@
+"""Faster R-CNN, Mask R-CNN and RetinaNet on any backbone of timm (paper section 4.3).
+
+The detectors are torchvision's; what is here is the feature pyramid over timm's features, what the 1x schedule keeps
+frozen, and the model folder. Faster and Mask R-CNN have a pyramid of 256 channels over C2 to C5 and a max pool above,
+RetinaNet one over C3 to C5 and two convolutions above, P6 and P7. "Frozen norms" are meant as in the 1x schedule: the
+statistics stay, scale and shift are learnt (where their stage is), and so the published parameters are reached.
+
+Boxes are ``x0, y0, x1, y1`` in pixels of the image as it was given; classes count from 0, without background.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
+
+from epsanet._files import atomic_folder
+from epsanet.network.detector_config import Architecture, DetectorConfig
+from epsanet.network.foreign import NOT_OF_A_NETWORK, check_tensors
+from epsanet.network.model_folder import DETECTION, find_detector
+from epsanet.network.weights import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, create_model, load_model
+
+__all__ = [
+    "Detector",
+    "LoadedDetector",
+    "create_detector",
+    "load_detector",
+    "loss_names",
+    "save_detector",
+]
+
+Target = dict[str, Tensor]
+_ROI_SIZE = 7
+_CLASSES = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
+
+
+class _PyramidBackbone(nn.Module):
+    """timm's features and torchvision's pyramid, with the attribute that torchvision's detectors ask for."""
+
+    def __init__(self, body: Any, channels: int, *, p6p7: bool) -> None:
+        super().__init__()
+        found = body.feature_info.channels()
+        above = LastLevelP6P7(found[-1], channels) if p6p7 else LastLevelMaxPool()
+        self.body, self.fpn, self.out_channels = body, FeaturePyramidNetwork(found, channels, above), channels
+        self.levels = len(found) + (2 if p6p7 else 1)
+
+    def forward(self, x_NCHW: Tensor) -> OrderedDict[str, Tensor]:
+        features = self.body(x_NCHW.contiguous(memory_format=torch.channels_last))
+        return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))
+
+
+class _Transform(GeneralizedRCNNTransform):
+    """torchvision's, which holds the masks of an image as numbers at its full size; here one at a time."""
+
+    def postprocess(
+        self, result: list[Target], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> list[Target]:
+        if self.training:
+            return result
+        for detection, scaled, original in zip(result, image_shapes, original_image_sizes, strict=True):
+            detection["boxes"] = resize_boxes(detection["boxes"], scaled, original)
+            if "masks" in detection:
+                detection["masks"] = _pasted(detection["masks"], detection["boxes"], original)
+        return result
+
+
+def _pasted(probabilities_D1MM: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks of shape ``D, H, W``: where the probability, drawn into the box, is above a half."""
+    masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
+    for mask, probability, box in zip(masks, probabilities_D1MM, boxes, strict=True):
+        mask.copy_(paste_masks_in_image(probability[None], box[None], size)[0, 0] > 0.5)
+    return masks
+
+
+class Detector(nn.Module):
+    """A torchvision detector whose classes count from 0.
+
+    Args:
+        network: torchvision's detector.
+        config: what it was made from.
+        backbone: name of the backbone in timm.
+        backbone_args: its arguments.
+        num_classes: classes without background.
+    """
+
+    def __init__(
+        self, network: Any, config: DetectorConfig, backbone: str, backbone_args: dict[str, Any], num_classes: int
+    ) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self.backbone_name, self.backbone_args, self.num_classes = backbone, backbone_args, num_classes
+        self._first = 0 if config.architecture == "retinanet" else 1  # RetinaNet has no output for the background
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Any:
+        """Losses by name in training, else detections.
+
+        Args:
+            images: values 0 to 1, each of shape ``3, H, W``, of any sizes.
+            targets: in training, one an image: ``boxes`` of shape ``K, 4``, ``labels`` of shape ``K``, and for masks
+                ``masks`` of shape ``K, H, W``, 0 or 1.
+
+        Returns:
+            In evaluation one dict an image: ``boxes`` of shape ``D, 4``, ``scores`` and ``labels`` of shape ``D``,
+            best first, and from Mask R-CNN ``masks`` of shape ``D, H, W``, true where the object is.
+        """
+        if self.training:
+            assert targets is not None
+            return self.network(
+                list(images), [{**target, "labels": target["labels"] + self._first} for target in targets]
+            )
+        detections: list[Target] = self.network(list(images))
+        for detection in detections:
+            detection["labels"] = detection["labels"] - self._first
+        return detections
+
+    def train(self, mode: bool = True) -> Detector:
+        """Switch the mode; norms of the backbone stay as they are with ``norm_eval``."""
+        super().train(mode)
+        if mode and self.config.norm_eval:
+            for module in self.network.backbone.body.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+def create_detector(
+    backbone: str,
+    num_classes: int,
+    config: DetectorConfig,
+    *,
+    backbone_args: dict[str, Any] | None = None,
+) -> Detector:
+    """Build a detector; the weights of frozen stages take no gradient.
+
+    Args:
+        backbone: any network of timm with ``features_only``.
+        num_classes: classes without background.
+        config: architecture, sizes, what is frozen.
+        backbone_args: of the backbone.
+
+    Raises:
+        ValueError: for a backbone that timm lacks or that gives no features, or sizes that do not fit together.
+    """
+    retina = config.architecture == "retinanet"
+    arguments = dict(backbone_args or {})
+    indices = tuple(config.out_indices or ((-3, -2, -1) if retina else (-4, -3, -2, -1)))
+    try:
+        body = create_model(backbone, features_only=True, out_indices=indices, **arguments)
+    except (RuntimeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{backbone} cannot be the backbone of a detector: {_first_line(error)}") from error
+    if config.backbone_weights is not None:
+        _load_backbone(body, config.backbone_weights, backbone)
+    _freeze(body, config.frozen_stages, backbone)
+    pyramid = _PyramidBackbone(body, config.fpn_channels, p6p7=retina)
+    if len(config.anchor_sizes) != pyramid.levels:
+        raise ValueError(
+            f"detector.anchor_sizes has {len(config.anchor_sizes)} sizes for {pyramid.levels} levels; give one each"
+        )
+    data_config = resolve_data_config(model=body)
+    network = _CLASSES[config.architecture](
+        pyramid,
+        num_classes if retina else None,  # the other two take it from their heads
+        **_heads(config, num_classes),
+        **_checked_args(config),
+    )
+    mean, std = list(data_config["mean"]), list(data_config["std"])
+    network.transform = _Transform(config.min_size, config.max_size, mean, std)
+    return Detector(network, config, backbone, arguments, num_classes)
+
+
+def _heads(config: DetectorConfig, num_classes: int) -> dict[str, Any]:
+    """Anchors and heads in the widths of the configuration; the defaults are torchvision's own."""
+    octaves = (0, 1 / 3, 2 / 3) if config.architecture == "retinanet" else (0,)
+    sizes = tuple(tuple(int(size * 2**octave) for octave in octaves) for size in config.anchor_sizes)
+    anchors = AnchorGenerator(sizes, (tuple(config.aspect_ratios),) * len(sizes))
+    if config.architecture == "retinanet":
+        return {"anchor_generator": anchors, "score_thresh": config.score_thresh}
+    width = config.representation_size
+    heads: dict[str, Any] = {
+        "rpn_anchor_generator": anchors,
+        "box_score_thresh": config.score_thresh,
+        "box_head": TwoMLPHead(config.fpn_channels * _ROI_SIZE**2, width),
+        "box_predictor": FastRCNNPredictor(width, num_classes + 1),
+    }
+    if config.has_masks:
+        mask = config.mask_channels
+        heads["mask_head"] = MaskRCNNHeads(config.fpn_channels, (mask,) * 4, 1)
+        heads["mask_predictor"] = MaskRCNNPredictor(mask, mask, num_classes + 1)
+    return heads
+
+
+def _checked_args(config: DetectorConfig) -> dict[str, Any]:
+    """What torchvision would swallow without a word."""
+    known = set(inspect.signature(_CLASSES[config.architecture]).parameters) - {"backbone", "num_classes", "kwargs"}
+    known -= {"min_size", "max_size", "image_mean", "image_std", "box_score_thresh", "score_thresh"}
+    unknown = sorted(set(config.detector_args) - known)
+    if unknown:
+        near = ", ".join(sorted(name for name in known if name.split("_")[0] == unknown[0].split("_")[0])) or "none"
+        raise ValueError(
+            f"detector.detector_args has {unknown[0]!r}, which {config.architecture} lacks; near it: {near}"
+        )
+    return config.detector_args
+
+
+def _freeze(body: Any, stages: int, name: str) -> None:
+    """Keep everything from the image up to this feature of timm's list, whose first is the stem."""
+    if stages < 0:
+        return
+    modules = [info["module"].replace(".", "_") for info in body.feature_info.info]
+    children = dict(body.named_children())
+    if stages >= len(modules) or modules[stages] not in children:
+        raise ValueError(f"{name} cannot freeze {stages} stages; use detector.frozen_stages=-1 to train all of it")
+    for child, module in children.items():
+        module.requires_grad_(False)
+        if child == modules[stages]:
+            return
+
+
+def _load_backbone(body: Any, source: str, name: str) -> None:
+    weights = load_model(source).model.state_dict()
+    wanted = body.state_dict()
+    wrong = [key for key, value in wanted.items() if key not in weights or weights[key].shape != value.shape]
+    if wrong:
+        raise ValueError(
+            f"detector.backbone_weights={source} holds another network than {name}: {len(wrong)} of {len(wanted)} "
+            f"tensors are lacking or of another shape, first {wrong[0]}"
+        )
+    body.load_state_dict({key: weights[key] for key in wanted})
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+@dataclass(kw_only=True)
+class LoadedDetector:
+    """A detector with the names of its classes."""
+
+    model: Detector
+    """In evaluation mode; it scales and normalises images itself."""
+    class_names: list[str]
+    """One name a class, in the order of the labels."""
+
+
+def save_detector(folder: str | Path, model: Detector, class_names: Sequence[str], card: str = "") -> None:
+    """Write a model folder, whole or not at all; an existing one is replaced.
+
+    Args:
+        folder: where to.
+        model: the detector.
+        class_names: one name a class.
+        card: text of ``README.md``.
+
+    Raises:
+        ValueError: when the number of names is not the detector's number of classes.
+    """
+    if len(class_names) != model.num_classes:
+        raise ValueError(f"{len(class_names)} class names for a detector of {model.num_classes} classes; give one each")
+    transform = model.network.transform
+    config = {
+        "task": DETECTION,
+        "architecture": model.config.architecture,
+        "backbone": model.backbone_name,
+        "backbone_args": model.backbone_args,
+        "num_classes": model.num_classes,
+        "label_names": list(class_names),
+        "mean": list(transform.image_mean),
+        "std": list(transform.image_std),
+        "detector": {**dataclasses.asdict(model.config), "backbone_weights": None},
+    }
+    with atomic_folder(folder) as temporary:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
+        save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        (temporary / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def load_detector(source: str | Path) -> LoadedDetector:
+    """A detector from its model folder, or from the run folder around it.
+
+    Args:
+        source: the folder.
+
+    Raises:
+        ValueError: when it holds no detector, or is damaged; one line that says what.
+    """
+    found = find_detector(source)
+    if found is None:
+        raise ValueError(f"{source} holds no detector; give a folder that detection training wrote")
+    folder, config = found
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS_NAME}; copy the folder again")
+    try:
+        names = [str(name) for name in config["label_names"]]
+        arguments = (config["backbone"], len(names), DetectorConfig(**config["detector"]))
+        elsewhere = sorted(NOT_OF_A_NETWORK & config["backbone_args"].keys())
+        if elsewhere or arguments[2].backbone_weights is not None:
+            raise ValueError(f"it names weights that are elsewhere ({', '.join(elsewhere) or 'backbone_weights'})")
+        tensors = load_file(folder / WEIGHTS_NAME)
+        with torch.device("meta"):  # the size that the configuration asks for is not believed before it is seen
+            wanted = create_detector(*arguments, backbone_args=config["backbone_args"]).network.state_dict()
+        wrong = [name for name in wanted.keys() | tensors.keys() if not _alike(wanted.get(name), tensors.get(name))]
+        if wrong:
+            raise ValueError(f"{len(wrong)} of {len(wanted)} tensors do not fit its configuration, first {min(wrong)}")
+        model = create_detector(*arguments, backbone_args=config["backbone_args"])
+        check_tensors(tensors, model.network, folder / WEIGHTS_NAME)
+        model.network.load_state_dict(tensors)
+        model.network.transform.image_mean, model.network.transform.image_std = (
+            list(config["mean"]),
+            list(config["std"]),
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError, OSError) as error:
+        raise ValueError(f"the model folder {folder} is damaged: {_first_line(error)}; copy it again") from error
+    return LoadedDetector(model=model.eval(), class_names=names)
+
+
+def loss_names(architecture: Architecture) -> tuple[str, ...]:
+    """What torchvision calls the losses of a detector."""
+    if architecture == "retinanet":
+        return ("classification", "bbox_regression")
+    names = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
+    return (*names, "loss_mask") if architecture == "mask_rcnn" else names
+
+
+def _alike(wanted: Tensor | None, found: Tensor | None) -> bool:
+    return wanted is not None and found is not None and wanted.shape == found.shape

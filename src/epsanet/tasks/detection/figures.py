@@ -1,0 +1,224 @@
+"""Pictures of a detection run: images with their boxes, masks and names; curves; what was mixed up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from epsanet.tasks.detection.scores import SCORE_THRESHOLD, DetectionEvaluation
+from epsanet.tasks.figures import save_figure
+
+__all__ = [
+    "drawn",
+    "save_detection_confusion",
+    "save_detection_curves",
+    "save_pairs",
+    "save_precision_recall",
+    "save_scenes",
+]
+
+_NAMED_CLASSES = 30
+"""A confusion matrix of more classes goes without names and numbers, precision-recall curves without a legend."""
+_SCENES = 12
+_LEAST_SIDE = 240
+"""Smaller images are enlarged until a name fits in."""
+
+
+def colours(class_names: Sequence[str]) -> list[tuple[int, int, int]]:
+    """A colour for each class, the same in every picture, neighbours far apart."""
+    import colorsys
+
+    hues = [(label * 0.61803398875) % 1 for label in range(len(class_names))]
+    return [
+        tuple(int(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.85, 0.65 + 0.35 * (label % 2)))  # type: ignore[misc]
+        for label, hue in enumerate(hues)
+    ]
+
+
+def drawn(image: Tensor, objects: Mapping[str, Tensor], class_names: Sequence[str]) -> Tensor:
+    """An image with boxes, names, scores and masks, by torchvision.
+
+    Args:
+        image: values 0 to 1, shape ``3, H, W``.
+        objects: ``boxes`` of shape ``K, 4``, ``labels`` of shape ``K``, and where there are ``scores`` of shape ``K``
+            and ``masks`` of shape ``K, H, W``.
+        class_names: of the labels.
+
+    Returns:
+        uint8, shape ``3, H, W``; a small image is enlarged by a whole factor.
+    """
+    picture = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    boxes, masks = objects["boxes"], objects.get("masks")
+    factor = max(1, -(-_LEAST_SIDE // min(picture.shape[-2:])))
+    if factor > 1:
+        size = [factor * side for side in picture.shape[-2:]]
+        picture = F.resize(picture, size, interpolation=F.InterpolationMode.NEAREST)
+        boxes = boxes * factor
+        masks = masks.repeat_interleave(factor, -1).repeat_interleave(factor, -2) if masks is not None else None
+    if not len(boxes):
+        return picture
+    palette = colours(class_names)
+    chosen = [palette[label] for label in objects["labels"].tolist()]
+    names = [class_names[label] for label in objects["labels"].tolist()]
+    if "scores" in objects:
+        names = [f"{name} {score:.2f}" for name, score in zip(names, objects["scores"].tolist(), strict=True)]
+    if masks is not None:
+        picture = draw_segmentation_masks(picture, masks.bool(), alpha=0.45, colors=chosen)
+    width = max(2, min(picture.shape[-2:]) // 250)
+    return draw_bounding_boxes(
+        picture, boxes, names, colors=chosen, width=width, label_colors="white", fill_labels=True
+    )
+
+
+def save_scenes(
+    path: Path,
+    images: Sequence[Tensor],
+    targets: Sequence[Mapping[str, Tensor]],
+    class_names: Sequence[str],
+    title: str,
+) -> None:
+    """Up to twelve images with their objects.
+
+    Args:
+        path: of the PNG file.
+        images: values 0 to 1, each of shape ``3, H, W``.
+        targets: what ``drawn`` takes, one an image.
+        class_names: of the labels.
+        title: says of what.
+    """
+    pictures = [
+        drawn(image, target, class_names) for image, target in list(zip(images, targets, strict=True))[:_SCENES]
+    ]
+    columns = min(4, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.4 * rows + 0.4), layout="constrained")
+    for place, picture in enumerate(pictures):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.imshow(picture.permute(1, 2, 0).numpy())
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def save_pairs(
+    path: Path,
+    entries: Sequence[tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor], str]],
+    class_names: Sequence[str],
+    title: str,
+) -> None:
+    """Ground truth beside what was found, an image a row.
+
+    Args:
+        path: of the PNG file.
+        entries: image of shape ``3, H, W``, objects, detections, and a text; objects and detections as ``drawn`` takes.
+        class_names: of the labels.
+        title: says of what.
+    """
+    figure = Figure(figsize=(9, 4.2 * len(entries) + 0.5), layout="constrained")
+    for row, (image, target, detection, text) in enumerate(entries):
+        sure = detection["scores"] >= SCORE_THRESHOLD
+        found = {key: value[sure] for key, value in detection.items()}
+        for column, (objects, name) in enumerate(((target, "objects"), (found, "found"))):
+            axes = figure.add_subplot(len(entries), 2, 2 * row + column + 1)
+            axes.imshow(drawn(image, objects, class_names).permute(1, 2, 0).numpy())
+            axes.set_title(f"{name}: {text}", fontsize=8)
+            axes.set_axis_off()
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def save_detection_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
+    """Losses, averages and learning rate over epochs.
+
+    Args:
+        path: of the PNG file.
+        rows: of ``metrics.csv``.
+    """
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    loss, average, rate = figure.subplots(1, 3)
+    marker = "o" if len(rows) < 3 else None
+    for name in [key for key in rows[0] if key.startswith("train_")]:
+        style = "-" if name == "train_loss" else "--"
+        label = "sum" if name == "train_loss" else name.removeprefix("train_").removeprefix("loss_")
+        loss.plot(epochs, [row[name] for row in rows], style, label=label, marker=marker)
+    loss.set(title="training losses", xlabel="epoch", ylim=(0, None))
+    for kind, colour in (("box", "tab:orange"), ("mask", "tab:purple")):
+        for name, style in (("ap", "-"), ("ap50", "--")):
+            key = f"val_{kind}_{name}"
+            if key in rows[0]:
+                values = [max(row[key], 0) for row in rows]
+                average.plot(epochs, values, style, color=colour, label=f"{kind} {name.upper()}", marker=marker)
+    best = max(rows, key=lambda row: row["val_box_ap"])
+    average.plot(
+        best["epoch"], best["val_box_ap"], "o", color="tab:red", label=f"best box AP: {best['val_box_ap']:.3f}"
+    )
+    average.set(title="validation", xlabel="epoch", ylim=(0, 1))
+    rate.plot(epochs, [row["lr"] for row in rows], color="tab:green", marker=marker)
+    rate.set(title="learning rate at the end of the epoch", xlabel="epoch")
+    for axes in (loss, average):
+        axes.legend(fontsize=8)
+    for axes in (loss, average, rate):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    save_figure(figure, path)
+
+
+def save_precision_recall(path: Path, evaluation: DetectionEvaluation, title: str) -> None:
+    """Precision over recall at IoU 0.50, a line a class and their mean; for masks too where there are any.
+
+    Args:
+        path: of the PNG file.
+        evaluation: with the curves.
+        title: says of what.
+    """
+    kinds = [(kind, found) for kind, found in (("boxes", evaluation.box), ("masks", evaluation.mask)) if found]
+    figure = Figure(figsize=(7 * len(kinds), 5.5), layout="constrained")
+    recall = np.linspace(0, 1, 101)
+    palette = colours(evaluation.class_names)
+    for place, (kind, averages) in enumerate(kinds):
+        axes = figure.add_subplot(1, len(kinds), place + 1)
+        for name, precision in averages.curves.items():
+            colour = tuple(part / 255 for part in palette[evaluation.class_names.index(name)])
+            label = f"{name}: {averages.per_class[name][2]:.3f}" if len(averages.curves) <= _NAMED_CLASSES else None
+            axes.plot(recall, precision, color=colour, linewidth=1, alpha=0.8, label=label)
+        if averages.curves:
+            mean: Any = np.mean(list(averages.curves.values()), axis=0)
+            axes.plot(recall, mean, color="black", linewidth=2.5, label=f"mean: {averages.ap50:.3f}")
+            axes.legend(fontsize=8, loc="lower left")
+        axes.set(title=f"{kind}, {title}", xlabel="recall", ylabel="precision at IoU 0.50", xlim=(0, 1), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def save_detection_confusion(path: Path, evaluation: DetectionEvaluation, title: str) -> None:
+    """Objects by true class (row) and found class (column), with background for what was missed or invented.
+
+    Args:
+        path: of the PNG file.
+        evaluation: with the counts.
+        title: says of what.
+    """
+    counts, names = evaluation.confusion, [*evaluation.class_names, "background"]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = min(max(5.0, 0.5 * len(names) + 2), 14)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    if len(names) <= _NAMED_CLASSES:
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+    axes.set(title=f"{title}, scores from {SCORE_THRESHOLD}, IoU from 0.5", xlabel="found", ylabel="true")
+    figure.colorbar(picture, label="share of the row", shrink=0.8)
+    save_figure(figure, path)

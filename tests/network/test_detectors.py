@@ -1,0 +1,211 @@
+"""The paper's detectors: their size, what is frozen, how classes are counted, and their model folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detecting import BACKBONE, BACKBONE_ARGS, detector, detector_config, scene
+from safetensors.torch import load_file, save_file
+
+from epsanet.network.detector_config import Architecture, DetectorConfig
+from epsanet.network.detectors import create_detector, load_detector, save_detector
+from epsanet.network.model_folder import is_detector
+from epsanet.network.weights import create_model, load_model, save_model
+
+ARCHITECTURES: tuple[Architecture, ...] = ("faster_rcnn", "mask_rcnn", "retinanet")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "backbone", "measured", "published"),
+    [
+        ("faster_rcnn", "epsanet50_small", "38.57", 38.56),
+        ("faster_rcnn", "epsanet50_large", "43.86", 43.85),
+        ("mask_rcnn", "epsanet50_small", "41.21", 41.20),
+        ("mask_rcnn", "epsanet50_large", "46.50", 46.50),
+        ("retinanet", "epsanet50_small", "34.78", 34.78),
+        ("retinanet", "epsanet50_large", "40.07", 40.07),
+    ],
+)
+def test_trained_parameters_are_those_of_the_paper(
+    architecture: Architecture, backbone: str, measured: str, published: float
+) -> None:
+    with torch.device("meta"):
+        model = create_detector(backbone, 80, DetectorConfig(architecture=architecture))
+    millions = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
+    assert f"{millions:.2f}" == measured
+    assert millions == pytest.approx(published, abs=0.011)
+
+
+SE_BIASES = sum(blocks * (width + width // 16) for blocks, width in ((4, 512), (6, 1024), (3, 2048)))
+
+
+@pytest.mark.parametrize(("backbone", "millions", "biases"), [("resnet50", 41.53, 0), ("seresnet50", 44.02, SE_BIASES)])
+def test_the_rivals_fit_the_same_detector(backbone: str, millions: float, biases: int) -> None:
+    """The figures that papers give of Faster R-CNN on ResNet-50 and SENet-50, whose SE there has no biases."""
+    with torch.device("meta"):
+        model = create_detector(backbone, 80, DetectorConfig())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert (trained - biases) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_the_1x_schedule_freezes_stem_stage_and_statistics_and_trains_the_rest() -> None:
+    model = detector("faster_rcnn", frozen_stages=1, norm_eval=True).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images, targets = zip(*(scene(number) for number in range(2)), strict=True)
+    sum(model(images, targets).values()).backward()
+    body = "network.backbone.body."
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith((body + "conv1", body + "bn1", body + "layer1"))
+        assert (parameter.grad is None) == frozen, name
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} changed without an optimiser"
+
+
+def test_without_norm_eval_the_statistics_follow_the_images() -> None:
+    model = detector("faster_rcnn", norm_eval=False).train()
+    norm = model.network.backbone.body.bn1
+    images, targets = zip(*(scene(number) for number in range(2)), strict=True)
+    model(images, targets)
+    assert norm.num_batches_tracked == 1
+    assert norm.running_mean.abs().max() > 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_classes_count_from_zero_in_and_out(architecture: Architecture) -> None:
+    """A detector whose class scores say one thing for every box gives that class; its loss is least for that label."""
+    model = detector(architecture, classes=4, score_thresh=0.0)
+    head = (
+        model.network.head.classification_head.cls_logits
+        if architecture == "retinanet"
+        else model.network.roi_heads.box_predictor.cls_score
+    )
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(
+            torch.tensor([-9.0, -9, 9, -9] * 9) if architecture == "retinanet" else torch.tensor([0.0, 0, 0, 9, 0])
+        )
+    image, target = scene(0)
+    detection = model.eval()([image])[0]
+    best = detection["labels"][detection["scores"] > 0.5]
+    assert len(best) > 0
+    assert set(best.tolist()) == {2}
+    model.train()
+    losses = []
+    for label in range(4):
+        torch.manual_seed(0)
+        found = model([image], [{**target, "labels": torch.full_like(target["labels"], label)}])
+        losses.append(found["classification" if architecture == "retinanet" else "loss_classifier"].item())
+    assert min(range(4), key=losses.__getitem__) == 2
+
+
+def test_masks_are_true_where_the_probability_is_above_a_half() -> None:
+    model = detector("mask_rcnn", score_thresh=0.0).eval()
+    image = scene(0)[0]
+    with torch.no_grad():
+        model.network.roi_heads.mask_predictor.mask_fcn_logits.weight.zero_()
+        model.network.roi_heads.mask_predictor.mask_fcn_logits.bias.fill_(5.0)
+    detection = model([image])[0]
+    large = (detection["boxes"][:, 2:] - detection["boxes"][:, :2]).amin(dim=1) > 12
+    assert large.sum() > 3
+    for box, mask in zip(detection["boxes"][large], detection["masks"][large], strict=True):
+        x0, y0, x1, y1 = box.tolist()
+        inside = mask[round(y0) : round(y1), round(x0) : round(x1)]
+        assert mask.sum() == pytest.approx((x1 - x0) * (y1 - y0), rel=0.3)
+        assert inside.float().mean() > 0.85
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_folder_gives_the_same_detections(architecture: Architecture, tmp_path: Path) -> None:
+    model = detector(architecture, score_thresh=0.01).eval()
+    save_detector(tmp_path / "model", model, ["a", "b", "c"], card="words")
+    loaded = load_detector(tmp_path / "model")
+    assert loaded.class_names == ["a", "b", "c"]
+    assert is_detector(tmp_path)
+    images = [scene(3)[0], torch.rand(3, 40, 90)]
+    with torch.no_grad():
+        for found, wanted in zip(loaded.model(images), model(images), strict=True):
+            assert found.keys() == wanted.keys()
+            assert len(wanted["scores"]) > 0
+            assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_folder_of_a_classifier_is_no_detector(tmp_path: Path) -> None:
+    save_model(tmp_path, create_model("epsanet14_tiny", num_classes=2), ["a", "b"])
+    assert not is_detector(tmp_path)
+    with pytest.raises(ValueError, match="holds no detector"):
+        load_detector(tmp_path)
+
+
+def test_a_folder_of_a_detector_is_no_classifier(tmp_path: Path) -> None:
+    save_detector(tmp_path / "run" / "model", detector(), ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"holds a detector; epsanet.load_detector reads it"):
+        load_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["short", "renamed", "names", "key", "weights", "elsewhere", "huge"])
+def test_a_damaged_folder_is_refused_in_one_line(damage: str, tmp_path: Path) -> None:
+    save_detector(tmp_path, detector(), ["a", "b", "c"])
+    weights, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    if damage == "short":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "renamed":
+        tensors = load_file(weights)
+        tensors["other"] = tensors.pop(next(iter(tensors)))
+        save_file(tensors, weights)
+    elif damage == "weights":
+        weights.unlink()
+    elif damage == "elsewhere":
+        config["backbone_args"]["pretrained_cfg"] = {"url": "http://localhost:1/weights"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    elif damage == "huge":
+        config["detector"]["representation_size"] = 10**12
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    else:
+        config["label_names" if damage == "names" else "detector"] = ["a"] if damage == "names" else {"size": 1}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="copy") as caught:
+        load_detector(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_starts_from_a_model_folder_and_from_no_other_network(tmp_path: Path) -> None:
+    source = create_model(BACKBONE, num_classes=5, **BACKBONE_ARGS)
+    save_model(tmp_path / "classifier", source, list("abcde"))
+    model = create_detector(
+        BACKBONE,
+        3,
+        detector_config(backbone_weights=str(tmp_path / "classifier")),
+        backbone_args=BACKBONE_ARGS,
+    )
+    body = model.network.backbone.body.state_dict()
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in body.items())
+    with pytest.raises(ValueError, match="holds another network than epsanet50_small"):
+        create_detector(BACKBONE, 3, detector_config(backbone_weights=str(tmp_path / "classifier")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "yolo"}, "faster_rcnn, mask_rcnn, retinanet"),
+        ({"min_size": 900, "max_size": 800}, "do not fit"),
+        ({"frozen_stages": -2}, "-1 or more"),
+        ({"frozen_stages": 7}, "frozen_stages=-1"),
+        ({"fpn_channels": 0}, "1 or more"),
+        ({"anchor_sizes": [32, 64]}, "2 sizes for 3 levels"),
+        ({"aspect_ratios": []}, "above 0"),
+        ({"score_thresh": 1.0}, "below 1"),
+        ({"detector_args": {"box_nms": 0.5}}, "box_nms_thresh"),
+    ],
+)
+def test_an_impossible_detector_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_detector(BACKBONE, 3, detector_config(**changes), backbone_args=BACKBONE_ARGS)
+
+
+def test_features_that_a_network_does_not_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="epsanet50_small cannot be"):
+        create_detector(BACKBONE, 3, DetectorConfig(out_indices=[3, 4, 5, 6]))

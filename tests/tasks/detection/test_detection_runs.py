@@ -1,0 +1,301 @@
+"""A detector is trained, evaluated and used by the same commands as a classifier."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from detecting import BACKBONE, BACKBONE_ARGS, coco_folder, detector_config
+from PIL import Image
+from tasks_reading import same_state
+
+from epsanet import cli
+from epsanet.data.coco import CocoSamples, read_rle
+from epsanet.data.config import DataConfig
+from epsanet.network.detectors import load_detector
+from epsanet.tasks.config import OptimizerConfig, ScheduleConfig, TrainConfig, load_recipe, recipe_names
+from epsanet.tasks.detection.evaluate import evaluate_detector
+from epsanet.tasks.detection.predict import detect
+from epsanet.tasks.train import TrainResult, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in pycocotools
+
+
+def config(data: Path, output: Path, epochs: int = 2) -> TrainConfig:
+    return TrainConfig(
+        model=BACKBONE,
+        model_args=BACKBONE_ARGS,
+        detector=detector_config(min_size=48, max_size=64, score_thresh=0.01),
+        data=DataConfig(source=str(data), batch_size=2, workers=0, scale_jitter=(0.9, 1.1)),
+        optimizer=OptimizerConfig(opt="adamw", lr=1e-3),
+        schedule=ScheduleConfig(epochs=epochs),
+        device="cpu",
+        output=str(output),
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return coco_folder(tmp_path_factory.mktemp("objects"))
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """Trained once; tests read it and change nothing in it."""
+    return train(config(data, tmp_path_factory.mktemp("runs") / "run"))
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command; gives its exit code and what it printed."""
+    from epsanet.tasks import console
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with contextlib.ExitStack() as stack:
+            for place, stream in ((console.console, io.StringIO()), (console.messages, io.StringIO())):
+                patch = stack.enter_context(pytest.MonkeyPatch.context())
+                patch.setattr(place, "_file", stream)
+            code = cli.main(words)
+            printed = [place._file.getvalue() for place in (console.console, console.messages)]  # type: ignore[union-attr]
+        captured = capsys.readouterr()
+        return code, captured.out + printed[0], captured.err + printed[1]
+
+    return run
+
+
+def test_the_run_folder_has_every_file_and_a_row_an_epoch(trained: TrainResult) -> None:
+    pictures = ["curves", "precision_recall", "confusion_matrix", "train_batch", "val_batch", "worst"]
+    for name in pictures:
+        with Image.open(trained.run / f"{name}.png") as image:
+            assert min(image.size) > 200
+    with (trained.run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for row in rows:
+        parts = [float(value) for name, value in row.items() if name.startswith("train_loss_")]
+        assert len(parts) == 5
+        assert sum(parts) == pytest.approx(float(row["train_loss"]), rel=1e-5)
+        assert 0 <= float(row["val_box_ap"]) <= float(row["val_box_ap50"]) <= 1
+    config = json.loads((trained.model / "config.json").read_text())
+    assert (config["task"], config["architecture"], config["backbone"]) == ("object-detection", "mask_rcnn", BACKBONE)
+    assert config["label_names"] == ["ant", "cat"]
+    card = (trained.model / "README.md").read_text()
+    assert f"# Mask R-CNN on {BACKBONE}" in card
+    assert f"| boxes | {trained.evaluation.box.ap:.3f} |" in card  # type: ignore[union-attr]
+
+
+def test_training_evaluation_and_prediction_agree(trained: TrainResult, data: Path, tmp_path: Path) -> None:
+    """One model folder, three ways: the same boxes, scores and masks, to the last bit."""
+    evaluation = evaluate_detector(
+        trained.run, DataConfig(source=str(data), batch_size=4, workers=0), device="cpu", output=tmp_path / "found.json"
+    )
+    assert evaluation.as_dict()["objects"] == 10
+    rows = {row["image_id"]: [] for row in json.loads((tmp_path / "found.json").read_text())}
+    for row in json.loads((tmp_path / "found.json").read_text()):
+        rows[row["image_id"]].append(row)
+    assert sum(map(len, rows.values())) > 5
+    detections = list(detect(trained.model, [data / "val"], score_thresh=0, batch_size=1, device="cpu"))
+    samples = CocoSamples(data / "annotations" / "instances_val.json", data / "val")
+    loaded = load_detector(trained.model)
+    for position, found in enumerate(detections):
+        assert found.image == samples.name(position)
+        wanted = rows.get(samples.image_id(position), [])
+        assert list(found.scores) == pytest.approx([row["score"] for row in wanted], abs=1e-5)
+        assert [{"ant": 3, "cat": 8}[name] for name in found.classes] == [row["category_id"] for row in wanted]
+        corners = [[x, y, x + width, y + height] for x, y, width, height in (row["bbox"] for row in wanted)]
+        assert np.array(found.boxes).ravel() == pytest.approx(np.array(corners).ravel(), abs=1e-3)
+        with torch.inference_mode():
+            pixels = torch.from_numpy(np.array(Image.open(found.image).convert("RGB"))).permute(2, 0, 1) / 255
+            (own,) = loaded.model([pixels])
+        assert list(found.scores) == own["scores"].tolist()
+        assert found.masks is not None
+        for mask, wanted_mask in zip(found.masks, own["masks"], strict=True):
+            assert np.array_equal(read_rle(mask, found.height, found.width), wanted_mask.numpy())
+
+
+def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(
+    trained: TrainResult, data: Path, tmp_path: Path
+) -> None:
+    class StopError(Exception):
+        pass
+
+    from epsanet.tasks.detection.module import DetectorModule
+
+    steps = []
+    original = DetectorModule.training_step
+
+    def stop(self: Any, batch: Any, index: int) -> Any:
+        if self.current_epoch == 1 and index == 1:
+            raise StopError
+        steps.append(index)
+        return original(self, batch, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DetectorModule, "training_step", stop)
+        with pytest.raises(StopError):
+            train(config(data, tmp_path / "run"))
+    again = train(resume=tmp_path / "run")
+    ends = [
+        torch.load(result.run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for result in (again, trained)
+    ]
+    same_state(ends[0], ends[1])
+
+
+def test_commands_tell_a_detector_from_its_folder(trained: TrainResult, data: Path, tmp_path: Path, said: Any) -> None:
+    code, output, _ = said("evaluate", str(trained.model), "--data", str(data), "--data.workers=0", "--device=cpu")
+    assert code == 0
+    assert f"box: AP {trained.evaluation.box.ap:.3f}" in output  # type: ignore[union-attr]
+    pictures, table = tmp_path / "drawn", tmp_path / "found.csv"
+    (tmp_path / "broken.png").write_bytes(b"words")
+    code, _, messages = said(
+        "predict",
+        str(trained.run),
+        str(data / "val"),
+        str(tmp_path / "broken.png"),
+        f"--output={table}",
+        f"--pictures={pictures}",
+        "--score_thresh=0.05",
+        "--device=cpu",
+    )
+    assert code == 0
+    assert "1 of 7 images could not be read" in messages
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[-1]["image"].endswith("broken.png")
+    assert "not an image" in rows[-1]["error"]
+    assert all(float(row["score"]) >= 0.05 for row in rows[:-1])
+    assert {path.name for path in pictures.iterdir()} == {f"{number}.png" for number in range(6)}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
+def test_tables_hold_what_was_found(suffix: str, trained: TrainResult, data: Path, tmp_path: Path) -> None:
+    from epsanet.tasks.detection.predict import write_detections
+
+    path = tmp_path / f"found{suffix}"
+    found = list(write_detections(path, detect(trained.model, [data / "val"], score_thresh=0.02, device="cpu")))
+    wanted = [
+        (row.image, name, score, *box, mask["counts"])
+        for row in found
+        for name, score, box, mask in zip(row.classes, row.scores, row.boxes, row.masks or (), strict=True)
+    ]
+    assert len(wanted) > 3
+    if suffix == ".json":
+        content = json.loads(path.read_text())
+        read = [
+            (image["image"], one["class"], one["score"], *one["box"], one["mask"]["counts"])
+            for image in content
+            for one in image["detections"]
+        ]
+        assert [image["width"] for image in content] == [64] * 6
+    else:
+        import pandas
+
+        frame = pandas.read_csv(path, keep_default_na=False) if suffix == ".csv" else pandas.read_parquet(path)
+        columns = ["image", "class", "score", "x0", "y0", "x1", "y1", "mask_counts"]
+        read = list(frame[columns].itertuples(index=False, name=None))
+    for one, other in zip(read, wanted, strict=True):
+        assert (one[0], one[1], one[-1]) == (other[0], other[1], other[-1])
+        assert [float(number) for number in one[2:-1]] == pytest.approx(list(other[2:-1]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"), [("RGB", (4000, 3000)), ("RGB", (32, 32)), ("L", (100, 70)), ("CMYK", (70, 100))]
+)
+def test_images_of_any_kind_are_looked_at(
+    mode: str, size: tuple[int, int], trained: TrainResult, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.jpg"
+    Image.new(mode, size, 128 if mode == "L" else (10, 120, 200, 0)[: len(mode)]).save(path)
+    (found,) = detect(trained.model, [path], score_thresh=0.5, device="cpu")
+    assert (found.width, found.height) == size
+    assert found.error == ""
+    for x0, y0, x1, y1 in found.boxes:
+        assert 0 <= x0 < x1 <= size[0]
+        assert 0 <= y0 < y1 <= size[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "{model}", "--data", "{data}", "--split", "test"], "no COCO JSON for test"),
+        (["evaluate", "{model}", "--data", "{data}", "--output", "x.csv"], "does not end in .json"),
+        (["evaluate", "{model}", "--data", "digits-detection"], "not the classes of digits-detection"),
+        (["predict", "{model}", "{data}/val", "--output", "x.txt"], "use a name that ends in"),
+        (["predict", "{model}", "{data}/val", "--score_thresh", "2"], "score_thresh=2.0"),
+        (["train", "digits-detection", "--detector.min_size", "7"], "min_size=7"),
+        (["train", "digits-detection", "--init_from", "resnet50"], "--detector.backbone_weights"),
+        (["train", "digits-detection", "--data.mixup=0.2"], "mixup and cutmix are for classifiers"),
+        (["train", "bccd", "--data", "gone"], "there is no folder gone"),
+        (["train", "digits", "--data.scale_jitter=[2,1]"], "scale_jitter"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    words: list[str], message: str, trained: TrainResult, data: Path, said: Any
+) -> None:
+    code, _, errors = said(*(word.format(model=trained.model, data=data) for word in words))
+    assert code == 2
+    (line,) = errors.strip().splitlines()
+    assert message in line
+
+
+# Recipes
+
+
+def test_the_1x_schedule_is_that_of_the_paper() -> None:
+    for name, architecture in (
+        ("coco-faster-rcnn", "faster_rcnn"),
+        ("coco-mask-rcnn", "mask_rcnn"),
+        ("coco-retinanet", "retinanet"),
+    ):
+        recipe = load_recipe(name)
+        detector = recipe.detector
+        assert detector is not None
+        assert (detector.architecture, detector.min_size, detector.max_size) == (architecture, 800, 1333)
+        assert (detector.frozen_stages, detector.norm_eval, detector.fpn_channels) == (1, True, 256)
+        assert (recipe.schedule.epochs, recipe.schedule.sched, recipe.schedule.decay_milestones) == (
+            12,
+            "multistep",
+            [8, 11],
+        )
+        optimizer = recipe.optimizer
+        assert (optimizer.opt, optimizer.momentum, optimizer.weight_decay) == ("momentum", 0.9, 1e-4)
+        text = (Path(cli.__file__).parent / "recipes" / f"{name}.yaml").read_text()
+        assert "measured  not run" in text
+
+
+def test_learning_rates_of_the_1x_schedule_fall_after_epochs_8_and_11() -> None:
+    """Longhand, with 100 steps an epoch; the rise takes 6.82 of them."""
+    from epsanet.network.detectors import create_detector
+    from epsanet.tasks.detection.module import DetectorModule
+
+    recipe = load_recipe("coco-faster-rcnn")
+    assert recipe.detector is not None
+    recipe.detector = detector_config("faster_rcnn")
+    model = create_detector(BACKBONE, 2, recipe.detector, backbone_args=BACKBONE_ARGS)
+    found = DetectorModule(model, ["a", "b"], recipe, 100, masks=False).configure_optimizers()
+    optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    rates = {}
+    for step in (0, 3, 7, 798, 800, 1098, 1100):  # timm's falls come one step early
+        scheduler.step_update(num_updates=step)
+        rates[step] = optimizer.param_groups[0]["lr"]
+    rise = 2e-5 + 3 * (0.02 - 2e-5) / 6.82
+    assert rates == pytest.approx({0: 2e-5, 3: rise, 7: 0.02, 798: 0.02, 800: 0.002, 1098: 0.002, 1100: 0.0002})
+
+
+def test_recipes_of_detection_are_shipped_and_kept_in_the_run_folder(trained: TrainResult) -> None:
+    wanted = {"bccd", "coco-faster-rcnn", "coco-mask-rcnn", "coco-retinanet", "digits-detection"}
+    assert wanted <= set(recipe_names())
+    kept = yaml.safe_load((trained.run / "config.yaml").read_text())
+    assert kept["detector"]["architecture"] == "mask_rcnn"
+    assert load_recipe(str(trained.run / "config.yaml")).detector == detector_config(
+        min_size=48, max_size=64, score_thresh=0.01
+    )
