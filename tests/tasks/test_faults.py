@@ -37,7 +37,7 @@ POINTS = {
         function=CHECKPOINTS + "_write", call=2, path="last.ckpt", after=True
     ),
     "between the best and the last checkpoint": Kill(function=CHECKPOINTS + "_write", path="best.ckpt", after=True),
-    "while the result is written": Kill(function="epsanet.tasks.train:save_model"),
+    "while the result is written": Kill(function="epsanet.tasks.run:save_model"),
 }
 """Twelve in training, and one after."""
 

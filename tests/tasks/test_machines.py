@@ -48,10 +48,13 @@ def machines() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def start(machine: str, words: list[str], folder: Path, kill: Kill, restarts: int) -> subprocess.Popen[bytes]:
+def start(
+    machine: str, words: list[str], folder: Path, kill: Kill, restarts: int, *, host: bool
+) -> subprocess.Popen[bytes]:
     command = [
         *("ip", "netns", "exec", machine, sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:29400"),
+        f"--rdzv-conf=is_host={int(host)}",  # namespaces share the host name by which torchrun would know
         *(f"--max-restarts={restarts}", str(Path(__file__).with_name("armed.py"))),
     ]
     environment = {
@@ -81,7 +84,7 @@ def test_two_machines_train_and_a_killed_worker_is_restarted_or_ends_the_job(
 ) -> None:
     kill = Kill(function=CLASSIFIER + "training_step", call=5)
     words = [*tiny_run, *EVERY_STEP, "--data.batch_size=8"]
-    jobs = [start(machine, words, tmp_path, kill, restarts) for machine in machines]
+    jobs = [start(name, words, tmp_path, kill, restarts, host=name == machines[0]) for name in machines]
     try:
         codes = [job.wait(timeout=900) for job in jobs]
     finally:
