@@ -115,7 +115,7 @@ def test_the_installed_command_is_this_one() -> None:
         (["train", "--epochs=3"], ["epochs", "see epsanet train --help"]),
         (["train", "--schedule.epochs=many"], ["schedule.epochs", "many"]),
         (["train", "--schedule.epochs=0"], ["schedule.epochs=0 is impossible; use 1 or more"]),
-        (["train", "digit"], ["there is no recipe 'digit': shipped are digits, folder"]),
+        (["train", "digit"], ["there is no recipe 'digit': shipped are bccd, cifar10, coco"]),
         (["train", "--model=epsanet50_smal", "--output={tmp}/run"], ["no network 'epsanet50_smal'", "epsanet50_small"]),
         (["train", "--device=cuda:9", "--output={tmp}/run"], ["device 'cuda:9' is not here", "use cpu or auto"]),
         (["train", "--data=nowhere", "--output={tmp}/run"], ["there is no data set 'nowhere'"]),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from test_optimize import trained_looking
 from torch import nn
 from torch.nn import functional as F
+from trained import trained_looking
 
 from epsanet import PSA, kernels
 from epsanet.deploy.portable import PortablePSA, branch_forms, branch_in_form, portable

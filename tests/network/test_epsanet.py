@@ -28,7 +28,14 @@ PUBLISHED = {
     "epsanet50_large_g32": (30_100_094, 5.053),
     "epsanet101_large_g32": (53_742_470, 9.666),
 }
-TINY = ("epsanet14_tiny", "epsanet26_tiny", "epsanet38_tiny", "epsanet26_tiny_x2", "epsanet50_tiny_x2")
+TINY = (
+    "epsanet14_tiny",
+    "epsanet23_tiny_wide",
+    "epsanet26_tiny",
+    "epsanet38_tiny",
+    "epsanet26_tiny_x2",
+    "epsanet50_tiny_x2",
+)
 
 
 def on_meta(name: str, **arguments: Any) -> nn.Module:

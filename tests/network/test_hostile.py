@@ -445,7 +445,7 @@ def test_it_is_refused_in_one_line_and_nothing_runs(
     said: dict[tuple[str, str], tuple[str, str, float]], kind: str, name: str
 ) -> None:
     error, message, seconds = said[kind, name]
-    assert error == "ValueError", message
+    assert error in ("ValueError", "DamagedCheckpointError"), message
     assert "\n" not in message
     assert len(message) < 700
     assert "weights_only" not in message, "torch's advice to switch the check off was passed on"

@@ -23,6 +23,7 @@ from epsanet.tasks import run as run_module
 from epsanet.tasks.callbacks import History
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from epsanet.tasks.launch import Processes
 from epsanet.tasks.run import prepare
 from epsanet.tasks.train import TrainingInterrupted, train
 
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_network_and_preprocessing_are_those_it_starts_from(folder: Path, small: Small, tmp_path: Path) -> None:
     config = small(tmp_path / "run", model="auto", init_from=str(folder), data__input_size=None)
-    run = prepare(config, None)
+    run = prepare(config, Processes(device=torch.device("cpu")), None, resumed=False)
     found = run.model.state_dict()
     wanted = load_file(folder / "model.safetensors")
     different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
@@ -53,7 +54,12 @@ def test_network_and_preprocessing_are_those_it_starts_from(folder: Path, small:
     assert run.data_config["input_size"] == (3, 12, 12)
     assert (run.data_config["mean"], run.data_config["std"]) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     assert (run.data_config["crop_pct"], run.data_config["interpolation"]) == (0.75, "bicubic")
-    asked = prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, crop_pct=1.0)), None)
+    asked = prepare(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, crop_pct=1.0)),
+        Processes(device=torch.device("cpu")),
+        None,
+        resumed=False,
+    )
     assert asked.data_config["crop_pct"] == 1.0, "what was asked for goes before"
 
 
@@ -96,7 +102,7 @@ def test_a_finetuned_run_freezes_unfreezes_and_resumes_without_its_source(
 
 def test_each_layer_learns_at_the_rate_of_its_depth(small: Small, tmp_path: Path) -> None:
     config = small(tmp_path / "run", optimizer__layer_decay=0.5, optimizer__lr=0.8)
-    run = prepare(config, None)
+    run = prepare(config, Processes(device=torch.device("cpu")), None, resumed=False)
     chosen = Classifier(run.model, CLASSES, run.config).configure_optimizers()
     optimizer = chosen["optimizer"]
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -127,14 +133,21 @@ def test_an_epsanet_starts_from_a_resnet_but_not_frozen(
     data_config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
     source = LoadedModel(model=resnet, class_names=NAMES, data_config=data_config | {"interpolation": "bilinear"})
     monkeypatch.setattr(run_module, "load_model", lambda name: source if name == "resnet" else load_model(name))
-    run = prepare(small(tmp_path / "run", init_from="resnet"), None)
+    run = prepare(
+        small(tmp_path / "run", init_from="resnet"), Processes(device=torch.device("cpu")), None, resumed=False
+    )
     assert run.start is not None
     assert run.start.inherited == 4
     found = run.model.state_dict()
     torch.testing.assert_close(found["layer2.0.conv2.spc.branches.0.weight"], state["layer2.0.conv2.weight"][:8])
     torch.testing.assert_close(found["layer4.0.conv3.weight"], state["layer4.0.conv3.weight"])
     with pytest.raises(ValueError, match=r"freeze_epochs=1 would freeze PSA modules .* use --freeze_epochs 0"):
-        prepare(small(tmp_path / "run", init_from="resnet", freeze_epochs=1), None)
+        prepare(
+            small(tmp_path / "run", init_from="resnet", freeze_epochs=1),
+            Processes(device=torch.device("cpu")),
+            None,
+            resumed=False,
+        )
     assert not (tmp_path / "run").exists()
 
 

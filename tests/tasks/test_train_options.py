@@ -21,9 +21,10 @@ from torch import nn
 
 from epsanet.data.config import DataConfig
 from epsanet.data.mixing import Mixer
-from epsanet.tasks.callbacks import GracefulStop
+from epsanet.tasks.callbacks import LastCheckpoint
 from epsanet.tasks.classification import Classifier, DivergedError
 from epsanet.tasks.config import OptimizerConfig, TrainConfig, load_recipe
+from epsanet.tasks.launch import Processes
 from epsanet.tasks.run import prepare
 from epsanet.tasks.train import TrainingInterrupted, train
 
@@ -59,13 +60,13 @@ def test_a_run_with_everything_that_is_stopped_goes_on_as_if_it_had_not_been(
 
 def test_the_average_is_validated_and_kept(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights: list[dict[str, torch.Tensor]] = []
-    after = GracefulStop.on_train_batch_end
+    after = LastCheckpoint.on_train_batch_end
 
-    def on_train_batch_end(self: GracefulStop, trainer: Any, module: Any, *rest: Any) -> None:
+    def on_train_batch_end(self: LastCheckpoint, trainer: Any, module: Any, *rest: Any) -> None:
         weights.append({name: value.detach().clone() for name, value in module.model.named_parameters()})
         after(self, trainer, module, *rest)
 
-    monkeypatch.setattr(GracefulStop, "on_train_batch_end", on_train_batch_end)
+    monkeypatch.setattr(LastCheckpoint, "on_train_batch_end", on_train_batch_end)
     run = train(small(tmp_path / "run", ema_decay=0.8, schedule__epochs=1)).run
     average = weights[0]
     for step in weights[1:]:
@@ -83,7 +84,12 @@ def test_a_long_gradient_is_scaled_to_the_norm(small: Small, tmp_path: Path) -> 
         tmp_path / "run", data__batch_size=44, schedule__epochs=1, optimizer__opt="momentum", optimizer__clip_grad=0.01
     )
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.0))
-    before = {name: value.detach().clone() for name, value in prepare(config, None).model.named_parameters()}
+    before = {
+        name: value.detach().clone()
+        for name, value in prepare(
+            config, Processes(device=torch.device("cpu")), None, resumed=False
+        ).model.named_parameters()
+    }
     after = network(checkpoint(train(config).run)["state_dict"])
     moved = math.sqrt(sum(float((after[name] - before[name]).double().square().sum()) for name in before))
     assert moved == pytest.approx(0.02 * 0.01, rel=1e-2)
@@ -309,7 +315,7 @@ def test_the_finetune_recipe_wants_a_network_to_start_from(tmp_path: Path, pictu
 
 
 def test_the_first_picture_names_both_classes_of_a_mixed_image() -> None:
-    from epsanet.tasks.train import _target_title
+    from epsanet.tasks.run import _target_title
 
     assert _target_title(torch.tensor([0.0, 1.0, 0.0]), ["ant", "bee", "cow"]) == "bee"
     assert _target_title(torch.tensor([0.02, 0.95, 0.03]), ["ant", "bee", "cow"]) == "bee"

@@ -189,6 +189,8 @@ class EvaluationOrder(Sampler[list[int]]):
     """
 
     def __init__(self, length: int, batch_size: int) -> None:
+        if length <= batch_size * (world_size() - 1):  # smaller batches, so that no process is left without any
+            batch_size = max(1, length // world_size())
         self.length, self.batch_size = length, batch_size
 
     def _starts(self) -> range:
