@@ -30,9 +30,9 @@ PUBLISHED = {
 }
 TINY = (
     "epsanet14_tiny",
-    "epsanet23_tiny_wide",
     "epsanet26_tiny",
     "epsanet38_tiny",
+    "epsanet23_tiny_wide",
     "epsanet26_tiny_x2",
     "epsanet50_tiny_x2",
 )
