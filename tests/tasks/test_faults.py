@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,7 @@ def test_two_and_three_processes_count_every_image_once_and_find_what_one_finds(
 ) -> None:
     data = next(word for word in tiny_run if word.startswith("--data="))
     flags = ["--split=train", "--device=cpu", "--data.workers=0", "--json"]
-    for batch in (7, 30):  # 48 images: batches that are not full, and fewer batches than processes
+    for batch in (7, 16):  # 48 images: batches that are not full, and one for each of three processes
         said = []
         for size in (1, 2, 3):
             words = ["evaluate", str(whole / "model"), data, *flags, f"--data.batch_size={batch}"]
@@ -192,12 +191,7 @@ def test_two_and_three_processes_count_every_image_once_and_find_what_one_finds(
             said.append((tmp_path / "said").read_text())
         assert '"images": 48' in said[0]
         assert said[1] == said[0]
-        if batch == 7:
-            assert said[2] == said[0]
-        else:  # three processes take batches of 16, whose logits may differ in the last bit
-            losses = [json.loads(text).pop("loss") for text in said]
-            assert losses[2] == pytest.approx(losses[0], rel=1e-6)
-            assert json.loads(said[2]) | {"loss": 0} == json.loads(said[0]) | {"loss": 0}
+        assert said[2] == said[0]
 
 
 def test_only_the_first_process_speaks_and_a_stop_asked_of_one_stops_all(
