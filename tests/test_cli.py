@@ -143,7 +143,7 @@ def test_debug_shows_where_a_mistake_was_noticed(run: Run) -> None:
     with pytest.raises(ValueError, match="no recipe 'digit'"):
         run("--debug", "train", "digit")
     done = subprocess.run(
-        [sys.executable, "-m", "epsanet.cli", "train", "digit", "--debug"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "epsanet", "train", "digit", "--debug"], capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
     assert "Traceback" in done.stderr

@@ -270,7 +270,7 @@ def start(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
 
 def epsanet(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "epsanet.cli", *words],
+        [sys.executable, "-m", "epsanet", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

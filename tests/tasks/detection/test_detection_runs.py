@@ -17,6 +17,7 @@ from detecting import BACKBONE, BACKBONE_ARGS, coco_folder, detector_config
 from PIL import Image
 from tasks_reading import same_state
 
+import epsanet
 from epsanet import cli
 from epsanet.data.coco import CocoSamples, read_rle
 from epsanet.data.config import DataConfig
@@ -268,7 +269,7 @@ def test_the_1x_schedule_is_that_of_the_paper() -> None:
         )
         optimizer = recipe.optimizer
         assert (optimizer.opt, optimizer.momentum, optimizer.weight_decay) == ("momentum", 0.9, 1e-4)
-        text = (Path(cli.__file__).parent / "recipes" / f"{name}.yaml").read_text()
+        text = (Path(epsanet.__file__).parent / "recipes" / f"{name}.yaml").read_text()
         assert "measured  not run" in text
 
 

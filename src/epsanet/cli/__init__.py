@@ -1,0 +1,105 @@
+"""The command line. Each command imports what it needs when it runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from epsanet.cli.flags import EXIT_INTERRUPTED, EXIT_USER
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "train": "train a network: epsanet train [RECIPE or YAML file] [flags]; digits without a recipe",
+    "evaluate": "accuracy of a classifier, average precision of a detector on a data set",
+    "predict": "class names and probabilities of images; of detectors, what is where in them",
+    "shard": "pack an image folder into WebDataset shards",
+    "export": "a network for ONNX Runtime, OpenVINO or torch.export, checked on real images",
+    "explain": "what a network looks at in images: Grad-CAM, and the scale each block listens to",
+    "models": "the networks, their cost, the published figures beside, and the weights in this package",
+    "convert": "released checkpoint to model folder, or back",
+    "publish": "a model folder to the Hugging Face Hub",
+}
+"""Each is the module of its name here, with ``parser``, ``run`` and, where argparse is too narrow, ``arrange``."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 2 for the user's mistakes, 130 after Ctrl-C.
+
+    Args:
+        arguments: of the command line, without the program's name.
+    """
+    words = _normalised(list(sys.argv[1:] if arguments is None else arguments))
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("epsanet: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone
+        return 0
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        _print_error(error)
+        return EXIT_USER
+
+
+def _print_error(error: Exception) -> None:
+    """One line, from the process that the error is of."""
+    processes: Any = sys.modules.get("epsanet._processes")  # absent while torch has not been needed
+    if processes is not None and isinstance(error, processes.OtherProcessError):
+        return
+    place = processes.rank() if processes is not None else 0
+    print(f"epsanet: {f'process {place}: ' * (place > 0)}{' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _normalised(words: list[str]) -> list[str]:
+    """``--data.on-bad-image`` is ``--data.on_bad_image``, and ``--data X`` is short for ``--data.source X``."""
+    result = []
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            flag = "--" + flag[2:].replace("-", "_")
+            word = ("--data.source" if flag == "--data" else flag) + equals + value
+        result.append(word)
+    return result
+
+
+def _run(words: list[str]) -> int:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(
+        prog="epsanet",
+        description="EPSANet (Pyramid Squeeze Attention, ACCV 2022): train, evaluate, predict, convert, publish.",
+        epilog="epsanet COMMAND --help lists a command's flags; --debug shows the traceback of an error.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subcommands(required=True, dest="command")
+    chosen = next((word for word in words if word in COMMANDS), "")
+    command: Any = import_module(f"epsanet.cli.{chosen}") if chosen else None
+    for name, text in COMMANDS.items():
+        sub = command.parser() if name == chosen else ArgumentParser(exit_on_error=False)
+        sub.description = text
+        commands.add_subcommand(name, sub, help=text)
+    arrange = getattr(command, "arrange", None)
+    try:
+        namespace = parser.parse_args(arrange(words) if arrange else words)
+        values = parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise ValueError(f"{error}; see epsanet {chosen + ' ' if chosen else ''}--help") from error
+    except SystemExit as end:
+        return int(end.code or 0)
+    code: int = command.run(vars(values[chosen]))
+    return code
+
+
+def _version() -> str:
+    from epsanet import __version__
+
+    return f"epsanet {__version__}"

@@ -1,0 +1,61 @@
+"""Write a network for other runtimes."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from epsanet.cli.flags import MODEL_HELP
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["parser", "run"]
+
+
+def parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from epsanet.deploy.config import ExportConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("model", type=str, help=MODEL_HELP)
+    parser.add_class_arguments(ExportConfig, skip={"int8", "tune"})
+    parser.add_argument("--int8", action="store_true", help="Quantise to eight bits; needs --calibrate.")
+    parser.add_argument(
+        "--tune", action="store_true", help="Measure which form of each grouped convolution is fastest here."
+    )
+    parser.add_argument(
+        "-o", "--output", type=str | None, default=None, help="Folder to write; ARCHITECTURE-FORMAT if left out."
+    )
+    return parser
+
+
+def run(values: dict[str, Any]) -> int:
+    from epsanet.deploy.config import ExportConfig
+    from epsanet.deploy.export import export
+    from epsanet.network.weights import load_model
+    from epsanet.tasks.console import console, messages, track
+
+    output, source = values.pop("output"), values.pop("model")
+    config = ExportConfig(**values)
+    loaded = load_model(source)
+    if output is None:
+        output = f"{loaded.architecture}-{config.format}{'-int8' if config.int8 else ''}"
+    result = export(
+        loaded,
+        output,
+        config,
+        progress=track,
+        note=messages.print,
+    )
+    for batch, (before, after) in result.milliseconds.items():
+        console.print(f"batch {batch}: {before:.2f} ms an image as it is, {after:.2f} ms tuned")
+    if config.tune:
+        console.print(f"tuned: {len(result.forms)} PSA modules take another form")
+    console.print(str(result.agreement))
+    sizes = "any number and size of images" if result.dynamic_size else "any number of images, of one size"
+    console.print(f"{result.folder}: {result.bytes / 1e6:.2f} MB, {sizes}")
+    console.print(f"predict   epsanet predict {shlex.quote(str(output))} IMAGES")
+    return 0

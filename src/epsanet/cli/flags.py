@@ -1,0 +1,21 @@
+"""What several commands say of their flags, and their exit codes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["EXIT_INTERRUPTED", "EXIT_USER", "MODEL_HELP", "describe_data"]
+
+EXIT_USER, EXIT_INTERRUPTED = 2, 130
+MODEL_HELP = "Model or run folder, checkpoint, hf-hub:USER/NAME, or name in timm."
+
+
+def describe_data(parser: ArgumentParser) -> ArgumentParser:
+    """Say in ``--help`` what ``--data`` means here."""
+    for action in parser._actions:
+        if "--data" in action.option_strings:
+            action.metavar, action.help = "SOURCE", "Short for --data.source."
+    return parser

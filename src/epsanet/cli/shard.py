@@ -1,0 +1,37 @@
+"""Pack images into shards."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["parser", "run"]
+
+
+def parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("source", type=str, help="Image folder, as for training, or whatever else --data takes.")
+    parser.add_argument("destination", type=str, help="Folder to make; train on it with --data wds/FOLDER.")
+    parser.add_argument("--shard_size", type=int, default=1000, help="Images a shard, at most.")
+    parser.add_argument(
+        "--on_bad_image", type=Literal["skip", "raise"], default="skip", help="Leave damaged images out, or stop."
+    )
+    return parser
+
+
+def run(values: dict[str, Any]) -> int:
+    from epsanet.data.shard import write_shards
+    from epsanet.tasks.console import console, counted, messages, track
+
+    report = write_shards(**values, progress=lambda names, total: track(names, total, "packing"))
+    for name, reason in report.bad.items():
+        messages.print(f"skipped {name}: {reason}", style="yellow")
+    for split, files in report.shards.items():
+        console.print(f"{split}: {counted(sum(files.values()), 'image')} in {counted(len(files), 'shard')}")
+    console.print(f"\ntrain  epsanet train folder --data {shlex.quote('wds/' + values['destination'])}")
+    return 0
