@@ -249,6 +249,20 @@ def in_process(patch: pytest.MonkeyPatch, rank: int, size: int) -> None:
     patch.setattr("epsanet.data.loaders.world_size", lambda: size)
 
 
+def test_repeated_augmentation_shows_each_image_so_often_in_a_row_each_time_otherwise(samples: FolderSamples) -> None:
+    plain, repeated = EpochOrder(50, 4, seed=5), EpochOrder(50, 4, seed=5, repeats=3)
+    plain.set_epoch(2)
+    repeated.set_epoch(2)
+    wanted = [position for position in positions(plain) for _ in range(3)]
+    keys = list(itertools.chain(*repeated))
+    assert len(repeated) == len(plain)
+    assert keys == [(2, position, place % 3) for place, position in enumerate(wanted[: len(keys)])]
+    dataset = ImageDataset(samples, train_transform(config(), PREPROCESSING), seed=1)
+    images = [dataset[2, 3, copy][0] for copy in range(3)]
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(images, 2))
+    assert torch.equal(dataset[2, 3, 1][0], images[1])
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_processes_of_a_step_have_the_images_of_one_process_with_a_batch_as_large(
     size: int, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ import pytest
 import torch
 from making import parquet, pixels
 from pyarrow import parquet as arrow
-from test_loaders import PREPROCESSING, config, epoch_of, same
+from test_loaders import PREPROCESSING, config, epoch_of, in_process, same
 
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import evaluation_loader, train_loader
@@ -107,9 +107,8 @@ def test_evaluation_and_training_see_each_image_at_most_once_on_any_number_of_pr
     source = streamed(folder, workers=workers, **PLAIN)
     samples = stream(source)
     evaluated, trained = [], []
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
     for rank in range(processes):
-        monkeypatch.setenv("RANK", str(rank))
+        in_process(monkeypatch, rank, processes)
         loader = evaluation_loader(samples, source, EXACT)
         evaluated.append(batches(loader))
         assert len(loader) == len(evaluated[-1])
@@ -274,3 +273,9 @@ def test_what_cannot_be_streamed_is_one_line(folder: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"words\.parquet cannot be streamed: ") as raised:
         open_data(streamed(tmp_path / "words.parquet"))
     assert "\n" not in str(raised.value)
+
+
+def test_a_stream_does_not_repeat_augmentation(folder: Path) -> None:
+    source = streamed(folder, aug_repeats=3)
+    with pytest.raises(ValueError, match="not streamed"):
+        train_loader(stream(source), source, EXACT, seed=0)

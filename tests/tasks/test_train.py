@@ -400,12 +400,16 @@ def test_a_run_says_what_share_of_a_step_waits_for_images_and_what_to_do(
 ) -> None:
     Clock(monkeypatch)
     monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr(callbacks, "_FIRST_STEPS", 10)
     result = train(small(tmp_path / "run", data__batch_size=4, schedule__epochs=2))
     # Four images of 3 s, then a step of 4 s.
     assert [row["data_wait"] for row in metrics(result.run)] == [0.75, 0.75]
     printed = capsys.readouterr().out
     advice = "75 % of the time of a step is spent waiting for images; more loader processes may help: --data.workers 6"
     assert printed.count(advice) == 1
+    assert re.findall(r"data wait +(.*)", printed)[0] == "75 % of the time of the first 10 steps"
+    assert printed.index("run folder") < printed.index("first 10 steps") < printed.index("epoch 1/2")
+    assert printed.count("data wait 75 %  remaining") == 2
     assert re.search(r"training took \d+ s, 75 % of its steps' time waiting for images; the model is in", printed)
     assert "6 cores cannot load faster" in data_advice(0.5, DataConfig(workers=6))
 

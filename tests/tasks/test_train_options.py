@@ -275,6 +275,7 @@ def test_imagenet_modern_is_procedure_a2() -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate), update
     data = config.data
     assert (data.mixup, data.cutmix, data.auto_augment, data.crop_pct) == (0.1, 1.0, "rand-m7-mstd0.5-inc1", 0.95)
+    assert data.aug_repeats == 3
     assert (config.loss, config.label_smoothing, config.model_args) == (
         "binary_cross_entropy",
         0.0,

@@ -69,6 +69,8 @@ class DataConfig:
     """timm's RandAugment, AugMix or AutoAugment policy, for example rand-m9-mstd0.5."""
     re_prob: float = 0.0
     """Probability of random erasing."""
+    aug_repeats: int = 1
+    """Repeated augmentation: so many augmentations of an image follow each other, of as many fewer images an epoch."""
     mixup: float = 0.0
     """alpha of mixup, which blends pairs of images and their labels; 0 is none."""
     cutmix: float = 0.0
@@ -96,6 +98,8 @@ class DataConfig:
             raise ValueError(f"data.crop_pct={self.crop_pct} is impossible; use a share up to 1, for example 0.875")
         if self.crop_padding is not None and self.crop_padding < 0:
             raise ValueError(f"data.crop_padding={self.crop_padding} is impossible; use 0 or more pixels")
+        if self.aug_repeats < 1:
+            raise ValueError(f"data.aug_repeats={self.aug_repeats} is impossible; use 1 (none) or more")
         for name in ("mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} is impossible; use 0 (none) or more, such as 0.2")

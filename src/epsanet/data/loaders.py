@@ -28,7 +28,7 @@ from epsanet._processes import rank, world_size
 from epsanet.data.config import DataConfig
 from epsanet.data.images import ImageError, read_image
 from epsanet.data.samples import Samples
-from epsanet.data.streams import Part, Stream, cut, process_place
+from epsanet.data.streams import Part, Stream, cut
 
 __all__ = [
     "ImageDataset",
@@ -107,7 +107,8 @@ def seeded(*key: int) -> Iterator[None]:
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     """Samples through a transform: image of shape ``3, H, W``, label, position.
 
-    A plain position reads that image; a pair (epoch, position) also fixes the augmentation.
+    A plain position reads that image; a tuple (epoch, position), or (epoch, position, copy) of repeated augmentation,
+    also fixes the augmentation.
 
     Args:
         samples: where the images come from.
@@ -126,12 +127,13 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int, int]:
-        epoch, position = key if isinstance(key, tuple) else (None, key)
-        image, position = self._read(position)
-        if epoch is None:
+    def __getitem__(self, key: int | tuple[int, ...]) -> tuple[Tensor, int, int]:
+        if not isinstance(key, tuple):
+            image, position = self._read(key)
             return self.transform(image), int(self.samples.labels[position]), position
-        with seeded(self.seed, epoch, position):
+        epoch, position, *copy = key
+        image, position = self._read(position)
+        with seeded(self.seed, epoch, position, *copy):
             return self.transform(image), int(self.samples.labels[position]), position
 
     def _read(self, position: int) -> tuple[Any, int]:
@@ -149,8 +151,8 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         raise ValueError(f"{_SUBSTITUTES} images in a row cannot be read, the last {message}")
 
 
-class EpochOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, position) pairs in an order drawn from (seed, epoch); each process has its slice of a step.
+class EpochOrder(Sampler[list[tuple[int, ...]]]):
+    """Batches of (epoch, position) in an order drawn from (seed, epoch); each process has its slice of a step.
 
     The last step is dropped when it is not full, unless it is the only one.
 
@@ -158,10 +160,13 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
         length: number of images, at least one for each process.
         batch_size: images a batch in each process.
         seed: of the order.
+        repeats: so many augmentations of each image follow each other, as (epoch, position, copy); an epoch is as
+            long as without, and has the fewer images (repeated augmentation, Berman et al. 2019, arXiv:1902.05509).
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int, repeats: int = 1) -> None:
         self.length, self.batch_size, self.seed = length, min(batch_size, length // world_size()), seed
+        self.repeats = repeats
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -171,13 +176,17 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
         """Draw the next order for this epoch."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         start, self.start = self.start, 0
         generator = torch.Generator().manual_seed(zlib.crc32(np.array([self.seed, self.epoch]).tobytes()))
         order = torch.randperm(self.length, generator=generator).tolist()
         for step in range(start, len(self)):
-            place = (step * world_size() + rank()) * self.batch_size
-            yield [(self.epoch, position) for position in order[place : place + self.batch_size]]
+            first = (step * world_size() + rank()) * self.batch_size
+            places = range(first, first + self.batch_size)
+            if self.repeats == 1:
+                yield [(self.epoch, order[place]) for place in places]
+            else:
+                yield [(self.epoch, order[place // self.repeats], place % self.repeats) for place in places]
 
 
 class EvaluationOrder(Sampler[list[int]]):
@@ -276,7 +285,7 @@ class StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
         on_bad_image: Literal["skip", "raise"] = "raise",
     ) -> None:
         self.samples, self.transform, self.seed, self.on_bad_image = samples, transform, seed, on_bad_image
-        self.process, self.processes = process_place()
+        self.process, self.processes = rank(), world_size()
         self.batch_size = min(batch_size, len(samples)) if self.processes == 1 else batch_size
         self._named: set[int] = set()
         # Shared, because workers that live on from epoch to epoch have a copy of this data set.
@@ -368,7 +377,7 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
         seed: of order and augmentation.
 
     Raises:
-        ValueError: when there are more processes than images.
+        ValueError: when there are more processes than images, or a stream is to repeat augmentation.
     """
     transform = train_transform(config, data_config)
     workers = worker_count(config)
@@ -379,11 +388,13 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
         "generator": torch.Generator().manual_seed(seed),  # else each epoch would draw from torch's own
     }
     if isinstance(samples, Stream):
+        if config.aug_repeats > 1:
+            raise ValueError("data.aug_repeats is for data sets that are not streamed; leave it or data.streaming out")
         stream = StreamDataset(samples, transform, config.batch_size, seed, config.on_bad_image)
         return TrainLoader(stream, batch_size=stream.batch_size, drop_last=True, **common)
     if len(samples) < world_size():
         raise ValueError(f"{config.source} has {len(samples)} images to train on for {world_size()} processes")
-    order = EpochOrder(len(samples), config.batch_size, seed)
+    order = EpochOrder(len(samples), config.batch_size, seed, config.aug_repeats)
     return TrainLoader(ImageDataset(samples, transform, seed, config.on_bad_image), batch_sampler=order, **common)
 
 

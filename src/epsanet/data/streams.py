@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import random
 import zlib
 from bisect import bisect_right
@@ -22,21 +21,12 @@ import numpy as np
 from epsanet.data.config import DataConfig
 from epsanet.data.samples import match_classes
 
-__all__ = ["Part", "Stream", "cut", "process_place"]
+__all__ = ["Part", "Stream", "cut"]
 
 SHUFFLE_BUFFER = 1000
 """Undecoded images among which each worker draws the next one when training."""
 _READ_ROWS = 64
 """Rows that are taken from a file at a time."""
-
-
-def process_place() -> tuple[int, int]:
-    """Rank of this process and number of processes, as torch.distributed or torchrun's environment says."""
-    import torch.distributed
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 
+_FIRST_STEPS = 20
+"""So many steps of a run tell, right after the banner, what share of them waits for images."""
 _SECONDS_OF_STARTING = 10
 """Waiting for less than this says nothing: loader processes have to be started."""
 
@@ -149,6 +151,7 @@ class Reporter(Callback):
         assert trainer.max_epochs is not None
         self._total = int(trainer.estimated_stepping_batches)
         self._first, self._start = trainer.global_step, time.monotonic()
+        self._epoch, self._batches, self._mark = trainer.current_epoch, 0, (0.0, 0.0)
         self.task = self.bar.add_task("training", total=self._total, completed=trainer.global_step)
         self.bar.start()
 
@@ -157,6 +160,18 @@ class Reporter(Callback):
         text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         text += f"  {pl_module.headline(self.history.rows[-1])}" if self.history.rows else ""
         self.bar.update(self.task, completed=trainer.global_step, description=text)
+        self._batches += 1
+        if self._batches <= 1 + _FIRST_STEPS and trainer.current_epoch == self._epoch:
+            self._measure(trainer.train_dataloader)
+
+    def _measure(self, loader: Any) -> None:
+        """Without the first batch, for which loader processes are started."""
+        if self._batches == 1:
+            self._mark = time.perf_counter(), loader.waited
+        elif self._batches == 1 + _FIRST_STEPS:
+            started, before = self._mark
+            share = (loader.waited - before) / (time.perf_counter() - started)
+            console.print(f"data wait   {100 * share:.0f} % of the time of the first {_FIRST_STEPS} steps")
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -165,7 +180,8 @@ class Reporter(Callback):
         left = (time.monotonic() - self._start) / max(done, 1) * (self._total - trainer.global_step)
         console.print(
             f"epoch {row['epoch']:{len(str(trainer.max_epochs))}}/{trainer.max_epochs}  lr {row['lr']:.2e}  "
-            f"train loss {row['train_loss']:.4f}  {pl_module.headline(row)}  remaining {duration(left)}"
+            f"train loss {row['train_loss']:.4f}  {pl_module.headline(row)}  "
+            f"data wait {100 * row['data_wait']:.0f} %  remaining {duration(left)}"
         )
         loader: Any = trainer.train_dataloader
         if row["data_wait"] > MUCH_WAITING and loader.waited > _SECONDS_OF_STARTING and not self._advised:
