@@ -12,9 +12,10 @@ from detecting import BACKBONE, BACKBONE_ARGS, detector, detector_config, scene
 from safetensors.torch import load_file, save_file
 
 from epsanet.network.detector_config import Architecture, DetectorConfig
-from epsanet.network.detectors import create_detector, load_detector, save_detector
+from epsanet.network.detector_start import start_detector_from
+from epsanet.network.detectors import LoadedDetector, create_detector, load_detector, save_detector
 from epsanet.network.model_folder import is_detector
-from epsanet.network.weights import create_model, load_model, save_model
+from epsanet.network.weights import LoadedModel, create_model, load_model, save_model
 
 ARCHITECTURES: tuple[Architecture, ...] = ("faster_rcnn", "mask_rcnn", "retinanet")
 
@@ -172,19 +173,117 @@ def test_a_damaged_folder_is_refused_in_one_line(damage: str, tmp_path: Path) ->
     assert "\n" not in str(caught.value)
 
 
-def test_a_backbone_starts_from_a_model_folder_and_from_no_other_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_group_norms_are_where_the_configuration_puts_them(architecture: Architecture) -> None:
+    """16 channels a group in the pyramid and the heads' convolutions, and none without."""
+
+    def norms(model: Any) -> dict[str, tuple[int, int]]:
+        modules = model.network.named_modules()
+        return {name: (m.num_groups, m.num_channels) for name, m in modules if isinstance(m, torch.nn.GroupNorm)}
+
+    assert norms(detector(architecture)) == {}
+    found = norms(detector(architecture, group_norm=True, fpn_channels=32, mask_channels=20))
+    pyramid = {shape for name, shape in found.items() if "fpn" in name}
+    heads = {shape for name, shape in found.items() if "head" in name}
+    assert pyramid == {(2, 32)}
+    assert heads == {"faster_rcnn": set(), "mask_rcnn": {(1, 20)}, "retinanet": {(2, 32)}}[architecture]
+
+
+def test_regions_are_pooled_from_as_many_points_as_asked_for() -> None:
+    """Of a ramp, one point a cell is its middle; torchvision's own default is two points a side."""
+    assert detector("mask_rcnn").network.roi_heads.box_roi_pool.sampling_ratio == 2
+    for ratio, seen in ((1, [2.0]), (2, [1.0, 3.0])):
+        heads = detector("mask_rcnn", sampling_ratio=ratio).network.roi_heads
+        for pool, side in ((heads.box_roi_pool, 7), (heads.mask_roi_pool, 14)):
+            ramp = (torch.arange(64.0) ** 2).expand(1, 1, 64, 64)
+            found = pool({"0": ramp, "1": ramp[..., ::2, ::2]}, [torch.tensor([[0.0, 0, 4 * side, 4]])], [(64, 64)])
+            longhand = [  # cells 4 pixels wide; values between pixels on a line
+                sum(_between(4 * cell + place) for place in seen) / len(seen) for cell in range(side)
+            ]
+            assert found[0, 0, 0].tolist() == pytest.approx(longhand, rel=1e-5)
+
+
+def _between(x: float) -> float:
+    left = int(x)
+    return left**2 + (x - left) * ((left + 1) ** 2 - left**2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_losses_in_evaluation_are_those_of_training_without_any_trace(architecture: Architecture) -> None:
+    """Equal to the training losses of a network whose norms keep their statistics; mode and weights stay."""
+    model = detector(architecture, norm_eval=True)
+    images, targets = zip(*(scene(number) for number in range(2)), strict=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    wanted = model.train()(images, targets)
+    model.config.norm_eval = False
+    model.eval()
+    torch.manual_seed(3)
+    found = model.losses(images, targets)
+    assert not model.training
+    assert not any(module.training for module in model.modules())
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name].item() == pytest.approx(wanted[name].item(), rel=1e-6)
+        assert not found[name].requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_backbone_starts_from_a_classifier_of_the_same_kind_and_sees_images_as_it_did() -> None:
     source = create_model(BACKBONE, num_classes=5, **BACKBONE_ARGS)
-    save_model(tmp_path / "classifier", source, list("abcde"))
-    model = create_detector(
-        BACKBONE,
-        3,
-        detector_config(backbone_weights=str(tmp_path / "classifier")),
-        backbone_args=BACKBONE_ARGS,
-    )
+    loaded = LoadedModel(model=source, class_names=list("abcde"), data_config={"mean": (0.1,) * 3, "std": (0.3,) * 3})
+    model = detector()
+    heads = {name: value.clone() for name, value in model.network.state_dict().items() if "backbone.body" not in name}
+    text = start_detector_from(model, ["x", "y", "z"], loaded)
     body = model.network.backbone.body.state_dict()
+    assert text == f"{len(body)} tensors of the backbone; pyramid and heads are new"
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in body.items())
-    with pytest.raises(ValueError, match="holds another network than epsanet50_small"):
-        create_detector(BACKBONE, 3, detector_config(backbone_weights=str(tmp_path / "classifier")))
+    assert all(torch.equal(value, model.network.state_dict()[name]) for name, value in heads.items())
+    assert (model.network.transform.image_mean, model.network.transform.image_std) == ([0.1] * 3, [0.3] * 3)
+    other = create_model("epsanet14_tiny", num_classes=5)
+    with pytest.raises(ValueError, match=r"another network than epsanet50_small: .* first conv1.weight"):
+        start_detector_from(model, ["x"], LoadedModel(model=other, class_names=["x"], data_config=loaded.data_config))
+
+
+def test_an_epsanet_backbone_inherits_the_filters_of_a_resnet() -> None:
+    """EPSANet's first branch of 3×3 and one group has a quarter of the ResNet's filters as they are."""
+    resnet = create_model("resnet50", num_classes=5)
+    source = LoadedModel(model=resnet, class_names=list("abcde"), data_config={"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    model = create_detector("epsanet50_small", 3, detector_config(frozen_stages=-1))
+    text = start_detector_from(model, ["x", "y", "z"], source)
+    assert ", 7 PSA modules from 3×3 convolutions;" in text  # features 1 and 2 need two stages of 3 and 4 blocks
+    weights = resnet.state_dict()["layer1.0.conv2.weight"]
+    branch = model.network.backbone.body.layer1[0].conv2.spc.branches[0]
+    assert torch.equal(branch.weight, weights[: len(branch.weight)])
+    frozen = create_detector("epsanet50_small", 3, detector_config(frozen_stages=1))
+    with pytest.raises(ValueError, match=r"layer1.0.conv2 and 2 other PSA modules .*--detector.frozen_stages -1"):
+        start_detector_from(frozen, ["x", "y", "z"], source)
+
+
+OF_THE_CLASSES = {
+    "faster_rcnn": {"roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"},
+    "retinanet": {"head.classification_head.cls_logits"},
+}
+OF_THE_CLASSES["mask_rcnn"] = OF_THE_CLASSES["faster_rcnn"] | {"roi_heads.mask_predictor.mask_fcn_logits"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_detector_starts_from_another_whose_classes_come_along_if_they_are_the_same(
+    architecture: Architecture,
+) -> None:
+    source = LoadedDetector(model=detector(architecture), class_names=["a", "b", "c"])
+    for names in (["a", "b", "c"], ["a", "b", "c", "d"]):
+        torch.manual_seed(2)
+        model = create_detector(BACKBONE, len(names), detector_config(architecture), backbone_args=BACKBONE_ARGS)
+        start_detector_from(model, names, source)
+        given = source.model.network.state_dict()
+        new = {name for name, value in model.network.state_dict().items() if not torch.equal(value, given[name])}
+        if len(names) == 3:
+            assert new == set()
+        else:
+            assert {name.rpartition(".")[0] for name in new} == OF_THE_CLASSES[architecture]
+    with pytest.raises(ValueError, match=r"another network than .*"):
+        start_detector_from(detector(architecture, fpn_channels=24), ["a", "b", "c"], source)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +294,7 @@ def test_a_backbone_starts_from_a_model_folder_and_from_no_other_network(tmp_pat
         ({"frozen_stages": -2}, "-1 or more"),
         ({"frozen_stages": 7}, "frozen_stages=-1"),
         ({"fpn_channels": 0}, "1 or more"),
+        ({"sampling_ratio": 0}, "1 or more"),
         ({"anchor_sizes": [32, 64]}, "2 sizes for 3 levels"),
         ({"aspect_ratios": []}, "above 0"),
         ({"score_thresh": 1.0}, "below 1"),

@@ -22,9 +22,10 @@ from torch import nn
 from epsanet.data.config import DataConfig
 from epsanet.data.mixing import Mixer
 from epsanet.tasks.callbacks import LastCheckpoint
-from epsanet.tasks.classification import Classifier, DivergedError
+from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import OptimizerConfig, TrainConfig, load_recipe
 from epsanet.tasks.launch import Processes
+from epsanet.tasks.module import DivergedError
 from epsanet.tasks.run import prepare
 from epsanet.tasks.train import TrainingInterrupted, train
 

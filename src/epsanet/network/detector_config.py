@@ -22,9 +22,6 @@ class DetectorConfig:
     """… or their longer side has so many, whichever comes first."""
     out_indices: list[int] | None = None
     """Feature maps of the backbone under the pyramid, timm's numbers; the last four (RetinaNet: three) if left out."""
-    backbone_weights: str | None = None
-    """Start the backbone from these: a model folder, hf-hub:USER/NAME, or a name with pretrained weights in timm; from
-    random weights when left out."""
     frozen_stages: int = 1
     """Keep the weights of the stem and of so many stages as they are; 0 freezes the stem alone, -1 nothing."""
     norm_eval: bool = True
@@ -36,6 +33,12 @@ class DetectorConfig:
     """Width of the two linear layers of the box head (not RetinaNet's)."""
     mask_channels: int = 256
     """Width of the four convolutions of the mask head (Mask R-CNN's)."""
+    group_norm: bool = False
+    """Whether the pyramid and the convolutions of mask head or RetinaNet's heads have group norms, as is usual when
+    training from random weights (He et al., ICCV 2019)."""
+    sampling_ratio: int = 2
+    """Each cell of a pooled region is the mean of so many points a side (not RetinaNet's); 1 takes a quarter of the
+    time, which counts on CPUs."""
     anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
     """Side of the anchors in pixels of the scaled image, one a level of the pyramid, which has one or two levels more
     than out_indices; RetinaNet has three sizes up to the next octave."""
@@ -57,7 +60,7 @@ class DetectorConfig:
             )
         if self.frozen_stages < -1:
             raise ValueError(f"detector.frozen_stages={self.frozen_stages} is impossible; use -1 or more")
-        for name in ("fpn_channels", "representation_size", "mask_channels"):
+        for name in ("fpn_channels", "representation_size", "mask_channels", "sampling_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"detector.{name}={getattr(self, name)} is impossible; use 1 or more")
         if not self.anchor_sizes or min(self.anchor_sizes) < 1:

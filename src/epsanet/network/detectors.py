@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,17 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from epsanet._files import atomic_folder
 from epsanet.network.detector_config import Architecture, DetectorConfig
 from epsanet.network.foreign import NOT_OF_A_NETWORK, check_tensors
 from epsanet.network.model_folder import DETECTION, find_detector
-from epsanet.network.weights import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, create_model, load_model
+from epsanet.network.weights import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, create_model
 
 __all__ = [
     "Detector",
@@ -56,11 +58,12 @@ _CLASSES = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": Retin
 class _PyramidBackbone(nn.Module):
     """timm's features and torchvision's pyramid, with the attribute that torchvision's detectors ask for."""
 
-    def __init__(self, body: Any, channels: int, *, p6p7: bool) -> None:
+    def __init__(self, body: Any, channels: int, norm: Any, *, p6p7: bool) -> None:
         super().__init__()
         found = body.feature_info.channels()
         above = LastLevelP6P7(found[-1], channels) if p6p7 else LastLevelMaxPool()
-        self.body, self.fpn, self.out_channels = body, FeaturePyramidNetwork(found, channels, above), channels
+        self.body, self.out_channels = body, channels
+        self.fpn = FeaturePyramidNetwork(found, channels, above, norm_layer=norm)
         self.levels = len(found) + (2 if p6p7 else 1)
 
     def forward(self, x_NCHW: Tensor) -> OrderedDict[str, Tensor]:
@@ -136,10 +139,33 @@ class Detector(nn.Module):
         """Switch the mode; norms of the backbone stay as they are with ``norm_eval``."""
         super().train(mode)
         if mode and self.config.norm_eval:
-            for module in self.network.backbone.body.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            _keep_statistics(self.network.backbone.body)
         return self
+
+    @torch.no_grad()
+    def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """The losses of training, of the network as it is in evaluation: norms use their running statistics.
+
+        Which anchors and regions count is drawn from torch's generator.
+
+        Args:
+            images: as in ``forward``.
+            targets: as in ``forward``.
+        """
+        before = self.training
+        self.train()
+        _keep_statistics(self)
+        try:
+            losses: dict[str, Tensor] = self(images, targets)
+        finally:
+            self.train(before)
+        return losses
+
+
+def _keep_statistics(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def create_detector(
@@ -167,10 +193,8 @@ def create_detector(
         body = create_model(backbone, features_only=True, out_indices=indices, **arguments)
     except (RuntimeError, AttributeError, IndexError) as error:
         raise ValueError(f"{backbone} cannot be the backbone of a detector: {_first_line(error)}") from error
-    if config.backbone_weights is not None:
-        _load_backbone(body, config.backbone_weights, backbone)
     _freeze(body, config.frozen_stages, backbone)
-    pyramid = _PyramidBackbone(body, config.fpn_channels, p6p7=retina)
+    pyramid = _PyramidBackbone(body, config.fpn_channels, _norm(config), p6p7=retina)
     if len(config.anchor_sizes) != pyramid.levels:
         raise ValueError(
             f"detector.anchor_sizes has {len(config.anchor_sizes)} sizes for {pyramid.levels} levels; give one each"
@@ -179,7 +203,7 @@ def create_detector(
     network = _CLASSES[config.architecture](
         pyramid,
         num_classes if retina else None,  # the other two take it from their heads
-        **_heads(config, num_classes),
+        **_heads(config, num_classes, levels=len(indices)),
         **_checked_args(config),
     )
     mean, std = list(data_config["mean"]), list(data_config["std"])
@@ -187,25 +211,36 @@ def create_detector(
     return Detector(network, config, backbone, arguments, num_classes)
 
 
-def _heads(config: DetectorConfig, num_classes: int) -> dict[str, Any]:
+def _heads(config: DetectorConfig, num_classes: int, levels: int) -> dict[str, Any]:
     """Anchors and heads in the widths of the configuration; the defaults are torchvision's own."""
-    octaves = (0, 1 / 3, 2 / 3) if config.architecture == "retinanet" else (0,)
+    retina, channels = config.architecture == "retinanet", config.fpn_channels
+    octaves = (0, 1 / 3, 2 / 3) if retina else (0,)
     sizes = tuple(tuple(int(size * 2**octave) for octave in octaves) for size in config.anchor_sizes)
     anchors = AnchorGenerator(sizes, (tuple(config.aspect_ratios),) * len(sizes))
-    if config.architecture == "retinanet":
-        return {"anchor_generator": anchors, "score_thresh": config.score_thresh}
-    width = config.representation_size
+    if retina:
+        head = RetinaNetHead(channels, anchors.num_anchors_per_location()[0], num_classes, norm_layer=_norm(config))
+        return {"anchor_generator": anchors, "score_thresh": config.score_thresh, "head": head}
+    width, pooled = config.representation_size, [str(level) for level in range(levels)]
     heads: dict[str, Any] = {
         "rpn_anchor_generator": anchors,
         "box_score_thresh": config.score_thresh,
-        "box_head": TwoMLPHead(config.fpn_channels * _ROI_SIZE**2, width),
+        "box_roi_pool": MultiScaleRoIAlign(pooled, _ROI_SIZE, config.sampling_ratio),
+        "box_head": TwoMLPHead(channels * _ROI_SIZE**2, width),
         "box_predictor": FastRCNNPredictor(width, num_classes + 1),
     }
     if config.has_masks:
         mask = config.mask_channels
-        heads["mask_head"] = MaskRCNNHeads(config.fpn_channels, (mask,) * 4, 1)
+        heads["mask_roi_pool"] = MultiScaleRoIAlign(pooled, 2 * _ROI_SIZE, config.sampling_ratio)
+        heads["mask_head"] = MaskRCNNHeads(channels, (mask,) * 4, 1, norm_layer=_norm(config))
         heads["mask_predictor"] = MaskRCNNPredictor(mask, mask, num_classes + 1)
     return heads
+
+
+def _norm(config: DetectorConfig) -> Callable[[int], nn.Module] | None:
+    """A norm over groups of 16 channels; all channels where 16 do not divide them (Wu and He, ECCV 2018)."""
+    if not config.group_norm:
+        return None
+    return lambda channels: nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels)
 
 
 def _checked_args(config: DetectorConfig) -> dict[str, Any]:
@@ -233,18 +268,6 @@ def _freeze(body: Any, stages: int, name: str) -> None:
         module.requires_grad_(False)
         if child == modules[stages]:
             return
-
-
-def _load_backbone(body: Any, source: str, name: str) -> None:
-    weights = load_model(source).model.state_dict()
-    wanted = body.state_dict()
-    wrong = [key for key, value in wanted.items() if key not in weights or weights[key].shape != value.shape]
-    if wrong:
-        raise ValueError(
-            f"detector.backbone_weights={source} holds another network than {name}: {len(wrong)} of {len(wanted)} "
-            f"tensors are lacking or of another shape, first {wrong[0]}"
-        )
-    body.load_state_dict({key: weights[key] for key in wanted})
 
 
 def _first_line(error: BaseException) -> str:
@@ -285,7 +308,7 @@ def save_detector(folder: str | Path, model: Detector, class_names: Sequence[str
         "label_names": list(class_names),
         "mean": list(transform.image_mean),
         "std": list(transform.image_std),
-        "detector": {**dataclasses.asdict(model.config), "backbone_weights": None},
+        "detector": dataclasses.asdict(model.config),
     }
     with atomic_folder(folder) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
@@ -314,8 +337,8 @@ def load_detector(source: str | Path) -> LoadedDetector:
         names = [str(name) for name in config["label_names"]]
         arguments = (config["backbone"], len(names), DetectorConfig(**config["detector"]))
         elsewhere = sorted(NOT_OF_A_NETWORK & config["backbone_args"].keys())
-        if elsewhere or arguments[2].backbone_weights is not None:
-            raise ValueError(f"it names weights that are elsewhere ({', '.join(elsewhere) or 'backbone_weights'})")
+        if elsewhere:
+            raise ValueError(f"it names weights that are elsewhere ({', '.join(elsewhere)})")
         tensors = load_file(folder / WEIGHTS_NAME)
         with torch.device("meta"):  # the size that the configuration asks for is not believed before it is seen
             wanted = create_detector(*arguments, backbone_args=config["backbone_args"]).network.state_dict()

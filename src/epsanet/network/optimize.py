@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,11 +35,10 @@ class OptimizedNetwork(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Logits of shape ``N, classes`` for images of shape ``N, 3, H, W``."""
+    def forward(self, x_NCHW: Tensor) -> Any:
+        """Logits of shape ``N, classes`` for images of shape ``N, 3, H, W``; the feature maps of a backbone."""
         with torch.no_grad():
-            logits: Tensor = self.network(x_NCHW.contiguous(memory_format=torch.channels_last))
-        return logits
+            return self.network(x_NCHW.contiguous(memory_format=torch.channels_last))
 
 
 def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) -> OptimizedNetwork:
@@ -48,15 +48,15 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
     activations and sums fused. The result is compared with the model on the example.
 
     Args:
-        model: a classifier, on the CPU, float32.
+        model: a classifier, or a backbone (timm's ``features_only``), on the CPU, float32.
         example_input: images of shape ``N, 3, H, W``, as they will come; other batches and sizes work too.
         compile: also ``torch.compile`` with frozen weights. That takes a minute, and each new shape another.
 
     Returns:
-        A module that gives the model's logits to 1e-4 of the largest one.
+        A module that gives the model's logits, or each of its feature maps, to 1e-4 of the largest value.
 
     Raises:
-        ValueError: for a model or an example that is not float32 on the CPU, or whose logits come out different.
+        ValueError: for a model or an example that is not float32 on the CPU, or whose outputs come out different.
     """
     for name, tensor in (("example_input", example_input), *model.named_parameters()):
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
@@ -66,7 +66,7 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
             )
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
-        expected = frozen(example_input)
+        expected = _as_list(frozen(example_input))
     try:
         network = _fuse(Tracer().trace_module(frozen), example_input, fuse_convolutions=not compile)
     except (fx.proxy.TraceError, TypeError, NotImplementedError):
@@ -75,10 +75,15 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
     if compile:
         network = torch.compile(network, options={"freezing": True})  # type: ignore[assignment]
     optimized = OptimizedNetwork(network).eval()
-    difference = (optimized(example_input) - expected).abs().max().item()
-    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
-        raise ValueError(f"the optimised network's logits differ by {difference:.2g}; please report this model")
+    for found, wanted in zip(_as_list(optimized(example_input)), expected, strict=True):
+        difference = (found - wanted).abs().max().item()
+        if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):
+            raise ValueError(f"the optimised network's outputs differ by {difference:.2g}; please report this model")
     return optimized
+
+
+def _as_list(outputs: Any) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 
 from epsanet._files import atomic_file
 from epsanet._processes import gather, largest, rank
-from epsanet.tasks.classification import Classifier
 from epsanet.tasks.console import console, duration, progress_bar
+from epsanet.tasks.module import TaskModule
 from epsanet.tasks.report import MUCH_WAITING, data_advice, shown
 
 __all__ = [
@@ -115,7 +115,7 @@ class History(Callback):
         return self._before + time.monotonic() - self._started
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
+        assert isinstance(pl_module, TaskModule)
         loader: Any = trainer.train_dataloader
         self.rows.append(
             {
@@ -156,7 +156,7 @@ class Reporter(Callback):
         self.bar.start()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
-        assert isinstance(pl_module, Classifier)
+        assert isinstance(pl_module, TaskModule)
         text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         text += f"  {pl_module.headline(self.history.rows[-1])}" if self.history.rows else ""
         self.bar.update(self.task, completed=trainer.global_step, description=text)
@@ -174,7 +174,7 @@ class Reporter(Callback):
             console.print(f"data wait   {100 * share:.0f} % of the time of the first {_FIRST_STEPS} steps")
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
+        assert isinstance(pl_module, TaskModule)
         row = self.history.rows[-1]
         done = trainer.global_step - self._first
         left = (time.monotonic() - self._start) / max(done, 1) * (self._total - trainer.global_step)

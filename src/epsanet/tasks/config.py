@@ -88,7 +88,8 @@ class TrainConfig:
     init_from: str | None = None
     """Where first weights and preprocessing come from: a model or run folder, a checkpoint, hf-hub:USER/NAME, or a name
     in timm (resnet50.a1_in1k). The classifier is new unless the classes are known by name. An EPSANet takes a ResNet
-    of its depth and widths: PSA modules inherit from its 3×3 convolutions."""
+    of its depth and widths: PSA modules inherit from its 3×3 convolutions. A detector takes its backbone from a
+    classifier, or all but other classes from a detector."""
     freeze_epochs: int = 0
     """Epochs at the start that train the classifier only; all else is frozen, norms with it."""
     detector: DetectorConfig | None = None

@@ -22,6 +22,7 @@ from epsanet.tasks.console import messages, progress_bar, quiet_lightning, track
 from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.inference import inference_network
 from epsanet.tasks.launch import Processes, launch
+from epsanet.tasks.module import TaskModule
 from epsanet.tasks.scores import Evaluation
 
 __all__ = ["evaluate", "evaluate_module"]
@@ -45,12 +46,12 @@ class _Bar(Callback):
         self.bar.stop()
 
 
-def evaluate_module(module: Classifier, loader: DataLoader[Any], processes: Processes, precision: Any) -> Any:
-    """Run a classifier over a loader by Lightning; with the weights of the first process in all.
+def evaluate_module(module: TaskModule, loader: DataLoader[Any], processes: Processes, precision: Any) -> Any:
+    """Run a network over a loader by Lightning; with the weights of the first process in all.
 
     Args:
-        module: the classifier.
-        loader: batches ``images, labels, positions``.
+        module: the network.
+        loader: batches as the module takes them.
         processes: that take part; each has to call this.
         precision: Lightning's name of the arithmetic.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,17 @@ from torch import Tensor
 from epsanet._files import atomic_file
 from epsanet.tasks.scores import Evaluation
 
-__all__ = ["save_batch", "save_confusion_matrix", "save_curves", "save_figure"]
+__all__ = [
+    "Line",
+    "Panel",
+    "save_batch",
+    "save_confusion_matrix",
+    "save_curves",
+    "save_figure",
+    "save_matrix",
+    "save_panels",
+    "save_pictures",
+]
 
 _NAMED_CLASSES = 30
 """A confusion matrix of more classes goes without names and numbers."""
@@ -25,6 +36,55 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of a panel."""
+
+    label: str
+    values: Sequence[float]
+    """One an epoch."""
+    colour: str | None = None
+    style: str = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Lines over epochs under one title."""
+
+    title: str
+    lines: Sequence[Line]
+    ylim: tuple[float | None, float | None] | None = None
+    best: str = ""
+    """What the highest point of the first line is called; unmarked when left out."""
+
+
+def save_panels(path: Path, rows: Sequence[dict[str, float]], panels: Sequence[Panel]) -> None:
+    """Panels over epochs side by side, and the learning rate.
+
+    Args:
+        path: of the PNG file.
+        rows: of ``metrics.csv``.
+        panels: what else is shown.
+    """
+    epochs = [row["epoch"] for row in rows]
+    rate = Line(label="", values=[row["lr"] for row in rows], colour="tab:green")
+    panels = [*panels, Panel(title="learning rate at the end of the epoch", lines=[rate])]
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for line in panel.lines:
+            marker = "o" if len(rows) < 3 else None
+            axes.plot(epochs, line.values, line.style, color=line.colour, label=line.label or None, marker=marker)
+        if panel.best:
+            place = int(np.argmax(panel.lines[0].values))
+            axes.plot(epochs[place], panel.lines[0].values[place], "o", color="tab:red", label=panel.best)
+        axes.set(title=panel.title, xlabel="epoch", ylim=panel.ylim)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    save_figure(figure, path)
+
+
 def save_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
     """Losses, validation accuracy and learning rate over epochs.
 
@@ -32,24 +92,43 @@ def save_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
         path: of the PNG file.
         rows: of ``metrics.csv``.
     """
-    epochs = [row["epoch"] for row in rows]
-    best = max(rows, key=lambda row: row["val_top1"])
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
-    marker = "o" if len(rows) < 3 else None
-    loss.plot(epochs, [row["train_loss"] for row in rows], label="train", marker=marker)
-    loss.plot(epochs, [row["val_loss"] for row in rows], label="validation", marker=marker)
-    loss.set(title="loss", xlabel="epoch")
-    loss.legend()
-    accuracy.plot(epochs, [row["val_top1"] for row in rows], color="tab:orange", marker=marker)
-    accuracy.plot(best["epoch"], best["val_top1"], "o", color="tab:red", label=f"best: {best['val_top1']:.2f} %")
-    accuracy.set(title="validation top-1 accuracy [%]", xlabel="epoch")
-    accuracy.legend(loc="lower right")
-    rate.plot(epochs, [row["lr"] for row in rows], color="tab:green", marker=marker)
-    rate.set(title="learning rate at the end of the epoch", xlabel="epoch")
-    for axes in (loss, accuracy, rate):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    accuracies = [row["val_top1"] for row in rows]
+    losses = [
+        Line(label="train", values=[row["train_loss"] for row in rows]),
+        Line(label="validation", values=[row["val_loss"] for row in rows]),
+    ]
+    accuracy = Panel(
+        title="validation top-1 accuracy [%]",
+        lines=[Line(label="", values=accuracies, colour="tab:orange")],
+        best=f"best: {max(accuracies):.2f} %",
+    )
+    save_panels(path, rows, [Panel(title="loss", lines=losses), accuracy])
+
+
+def save_matrix(path: Path, counts: np.ndarray, names: Sequence[str], *, title: str, columns: str) -> None:
+    """How often each true class (row) was taken for each class (column), coloured by its share of the row.
+
+    Args:
+        path: of the PNG file.
+        counts: shape ``classes, classes``.
+        names: one a class.
+        title: says of what.
+        columns: what the columns are.
+    """
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = min(max(5.0, 0.48 * len(names) + 2), 14)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    if len(names) <= _NAMED_CLASSES:
+        turned = len(names) > 10 or max(map(len, names)) > 8
+        axes.set_xticks(range(len(names)), names, rotation=45 if turned else 0, ha="right" if turned else "center")
+        axes.set_yticks(range(len(names)), names)
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+    axes.set(title=title, xlabel=columns, ylabel="true")
+    figure.colorbar(picture, label="share of the true class", shrink=0.8)
     save_figure(figure, path)
 
 
@@ -61,30 +140,32 @@ def save_confusion_matrix(path: Path, evaluation: Evaluation, title: str) -> Non
         evaluation: what was counted.
         title: says of what.
     """
-    counts = evaluation.confusion
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    classes = len(counts)
-    side = min(max(5.0, 0.45 * classes + 2), 14)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    if classes <= _NAMED_CLASSES:
-        axes.set_xticks(
-            range(classes),
-            evaluation.class_names,
-            rotation=45 if classes > 10 else 0,
-            ha="right" if classes > 10 else "center",
-        )
-        axes.set_yticks(range(classes), evaluation.class_names)
-        for row, column in zip(*np.nonzero(counts), strict=True):
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8)
-    axes.set(
-        title=f"{title}: {evaluation.top1:.2f} % top-1 of {evaluation.images:,} images",
-        xlabel="predicted",
-        ylabel="true",
-    )
-    figure.colorbar(picture, label="share of the true class", shrink=0.8)
+    title = f"{title}: {evaluation.top1:.2f} % top-1 of {evaluation.images:,} images"
+    save_matrix(path, evaluation.confusion, evaluation.class_names, title=title, columns="predicted")
+
+
+def save_pictures(
+    path: Path, pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int, size: float, title: str
+) -> None:
+    """Pictures in rows, each under its title.
+
+    Args:
+        path: of the PNG file.
+        pictures: of shape ``H, W, 3``.
+        titles: one a picture.
+        columns: pictures a row, at most.
+        size: width of a picture in inches.
+        title: of them all.
+    """
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure = Figure(figsize=(size * columns, size * rows + 0.6), layout="constrained")
+    for place, (picture, text) in enumerate(zip(pictures, titles, strict=True)):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.imshow(picture)
+        axes.set_title(text, fontsize=8)
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
 
@@ -101,15 +182,6 @@ def save_batch(
         std: that was divided by, one a channel.
         title: says of what.
     """
-    shown = min(len(images), 32)
-    columns = min(8, shown)
-    rows = math.ceil(shown / columns)
-    figure = Figure(figsize=(1.6 * columns, 1.8 * rows + 0.4), layout="constrained")
-    for place in range(shown):
-        axes = figure.add_subplot(rows, columns, place + 1)
-        pixels = images[place].numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
-        axes.imshow(np.clip(pixels, 0, 1))
-        axes.set_title(str(labels[place])[:18], fontsize=8)
-        axes.set_axis_off()
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    shown = images[:32].numpy().transpose(0, 2, 3, 1) * np.array(std) + np.array(mean)
+    titles = [str(label)[:18] for label in labels[:32]]
+    save_pictures(path, list(np.clip(shown, 0, 1)), titles, columns=8, size=1.7, title=title)

@@ -27,13 +27,13 @@ from epsanet.network.weights import LoadedModel, load_model
 from epsanet.tasks.console import messages, track
 from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.predict import (
-    PARQUET_ROWS,
     Prediction,
     check_numbers,
     find_images,
     predict_batches,
     write_predictions,
 )
+from epsanet.tasks.tables import PARQUET_ROWS
 
 __all__ = ["ParquetResult", "predict_to_parquet", "process_of_many"]
 

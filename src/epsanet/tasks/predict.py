@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from epsanet._files import atomic_file
 from epsanet.data.images import IMAGE_SUFFIXES, ImageError, image_files, printable, read_image
 from epsanet.data.loaders import evaluation_transform
-from epsanet.data.sources import require
 from epsanet.network.weights import LoadedModel, load_model
 from epsanet.tasks.console import messages
 from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.inference import inference_network
 from epsanet.tasks.scores import probabilities
+from epsanet.tasks.tables import Table, write_table
 
 __all__ = ["Prediction", "find_images", "predict", "write_predictions"]
-
-OUTPUT_SUFFIXES = (".csv", ".json", ".parquet")
-PARQUET_ROWS = 1024
-"""Rows of a row group of Parquet: what is kept in memory before it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,64 +182,22 @@ def write_predictions(path: str | Path, predictions: Iterable[Prediction], topk:
     Raises:
         ValueError: for another suffix, or when the library for Parquet is missing.
     """
-    path = Path(path)
-    if path.suffix not in OUTPUT_SUFFIXES:
-        raise ValueError(f"{path} is no format that can be written; end it in {', '.join(OUTPUT_SUFFIXES)}")
-    if path.suffix == ".parquet":
-        require("pyarrow", "data")
-    writers = {".csv": _write_csv, ".json": _write_json, ".parquet": _write_parquet}
-    return writers[path.suffix](path, predictions, topk)
-
-
-def _row(prediction: Prediction, topk: int) -> dict[str, str | float | None]:
-    row: dict[str, str | float | None] = {"image": prediction.image, "error": prediction.error or None}
-    for place in range(topk):
-        known = place < len(prediction.classes)
-        row[f"class_{place + 1}"] = prediction.classes[place] if known else None
-        row[f"probability_{place + 1}"] = prediction.probabilities[place] if known else None
-    return row
-
-
-def _write_csv(path: Path, predictions: Iterable[Prediction], topk: int) -> Iterator[Prediction]:
-    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _row(Prediction(image=""), topk))
-        writer.writeheader()
-        for prediction in predictions:
-            writer.writerow(_row(prediction, topk))
-            yield prediction
-
-
-def _write_json(path: Path, predictions: Iterable[Prediction], topk: int) -> Iterator[Prediction]:
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        separator = "[\n"
-        for prediction in predictions:
-            pairs = zip(prediction.classes[:topk], prediction.probabilities, strict=False)
-            entry = {
-                "image": prediction.image,
-                "error": prediction.error or None,
-                "predictions": [{"class": name, "probability": value} for name, value in pairs],
-            }
-            file.write(separator + json.dumps(entry, ensure_ascii=False))
-            separator = ",\n"
-            yield prediction
-        file.write("\n]\n" if separator == ",\n" else "[]\n")
-
-
-def _write_parquet(path: Path, predictions: Iterable[Prediction], topk: int) -> Iterator[Prediction]:
-    import pyarrow
-    from pyarrow import parquet
-
-    types = {"image": pyarrow.string(), "error": pyarrow.string()}
+    columns: dict[str, type[str] | type[float]] = {"image": str, "error": str}
     for place in range(1, topk + 1):
-        types |= {f"class_{place}": pyarrow.string(), f"probability_{place}": pyarrow.float32()}
-    schema = pyarrow.schema(list(types.items()))
-    with atomic_file(path) as temporary, parquet.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
-        waiting: list[dict[str, str | float | None]] = []
-        for prediction in predictions:
-            waiting.append(_row(prediction, topk))
-            if len(waiting) == PARQUET_ROWS:
-                writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
-                waiting = []
-            yield prediction
-        if waiting:
-            writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
+        columns |= {f"class_{place}": str, f"probability_{place}": float}
+
+    def rows(prediction: Prediction) -> list[dict[str, Any]]:
+        row: dict[str, Any] = {**dict.fromkeys(columns), "image": prediction.image, "error": prediction.error or None}
+        for place, (name, probability) in enumerate(_best(prediction, topk), 1):
+            row |= {f"class_{place}": name, f"probability_{place}": probability}
+        return [row]
+
+    def entry(prediction: Prediction) -> dict[str, Any]:
+        found = [{"class": name, "probability": probability} for name, probability in _best(prediction, topk)]
+        return {"image": prediction.image, "error": prediction.error or None, "predictions": found}
+
+    return write_table(path, predictions, Table(columns=columns, rows=rows, entry=entry))
+
+
+def _best(prediction: Prediction, topk: int) -> list[tuple[str, float]]:
+    return list(zip(prediction.classes, prediction.probabilities, strict=True))[:topk]

@@ -32,6 +32,7 @@ from epsanet.tasks.console import messages, track
 from epsanet.tasks.figures import save_batch, save_confusion_matrix, save_curves
 from epsanet.tasks.inference import inference_network
 from epsanet.tasks.launch import Processes
+from epsanet.tasks.module import TaskModule
 
 __all__ = ["Run", "prepare", "run_folder"]
 
@@ -54,7 +55,7 @@ class Run:
     """timm's preprocessing."""
     folder: Path
     """The run folder."""
-    start: Start | None = None
+    start: Start | str | None = None
     """What came from ``init_from``; nothing in a run that is resumed, whose weights are in its checkpoint."""
 
     @property
@@ -76,11 +77,11 @@ class Run:
         """Batches of val or test, each image once."""
         return evaluation_loader(getattr(self.splits, split), self.config.data, self.data_config)
 
-    def module(self, updates_per_epoch: int = 1) -> Classifier:
+    def module(self, updates_per_epoch: int = 1) -> TaskModule:
         """The network as Lightning trains it."""
         return Classifier(self.model, self.splits.class_names, self.config, updates_per_epoch)
 
-    def inference_module(self) -> Classifier:
+    def inference_module(self) -> TaskModule:
         """The network as it is evaluated."""
         network = inference_network(
             self.model, self.data_config["input_size"], self.processes.device, self.config.precision
@@ -91,7 +92,7 @@ class Run:
         """What the network will see, into the run folder."""
         images, labels, _ = next(iter(self.train_loader(workers=0)))
         names = self.splits.class_names
-        mixer = self.module().mixer
+        mixer = Classifier(self.model, names, self.config).mixer
         targets = F.one_hot(labels, len(names))
         if mixer is not None:
             images, targets = mixer(images, labels, epoch=0, batch=0)

@@ -27,12 +27,12 @@ from epsanet.tasks.callbacks import (
     TrainingInterrupted,
 )
 from epsanet.tasks.checkpoints import BEST, LAST, AtomicCheckpointIO, BestCheckpoint, read
-from epsanet.tasks.classification import DivergedError
 from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.console import console, duration, quiet_lightning
 from epsanet.tasks.devices import processor_name, resolve_device
 from epsanet.tasks.evaluate import evaluate_module
 from epsanet.tasks.launch import Processes, launch
+from epsanet.tasks.module import DivergedError
 from epsanet.tasks.report import announce, has_tensorboard, next_commands, shown
 from epsanet.tasks.resume import find_start, run_config
 from epsanet.tasks.run import Run, prepare
@@ -95,7 +95,7 @@ def _prepare(config: TrainConfig, processes: Processes, folder: Path | None, *, 
         return prepare(config, processes, folder, resumed=resumed)
     from epsanet.tasks.detection.run import prepare_detection  # its libraries take a second to import
 
-    return prepare_detection(config, processes, folder)
+    return prepare_detection(config, processes, folder, resumed=resumed)
 
 
 def _write_start(run: Run) -> None:

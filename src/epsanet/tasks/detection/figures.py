@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from epsanet.tasks.detection.scores import SCORE_THRESHOLD, DetectionEvaluation
-from epsanet.tasks.figures import save_figure
+from epsanet.tasks.detection.scores import IOU_THRESHOLD, SCORE_THRESHOLD, DetectionEvaluation
+from epsanet.tasks.figures import Line, Panel, save_figure, save_matrix, save_panels, save_pictures
 
 __all__ = [
     "drawn",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _NAMED_CLASSES = 30
-"""A confusion matrix of more classes goes without names and numbers, precision-recall curves without a legend."""
+"""Precision-recall curves of more classes go without a legend."""
 _SCENES = 12
 _LEAST_SIDE = 240
 """Smaller images are enlarged until a name fits in."""
@@ -94,18 +94,13 @@ def save_scenes(
         class_names: of the labels.
         title: says of what.
     """
-    pictures = [
-        drawn(image, target, class_names) for image, target in list(zip(images, targets, strict=True))[:_SCENES]
-    ]
-    columns = min(4, len(pictures))
-    rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.4 * rows + 0.4), layout="constrained")
-    for place, picture in enumerate(pictures):
-        axes = figure.add_subplot(rows, columns, place + 1)
-        axes.imshow(picture.permute(1, 2, 0).numpy())
-        axes.set_axis_off()
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    shown = list(zip(images, targets, strict=True))[:_SCENES]
+    pictures = [_pixels(drawn(image, target, class_names)) for image, target in shown]
+    save_pictures(path, pictures, [""] * len(pictures), columns=4, size=3.6, title=title)
+
+
+def _pixels(picture: Tensor) -> np.ndarray:
+    return picture.permute(1, 2, 0).numpy()
 
 
 def save_pairs(
@@ -122,17 +117,14 @@ def save_pairs(
         class_names: of the labels.
         title: says of what.
     """
-    figure = Figure(figsize=(9, 4.2 * len(entries) + 0.5), layout="constrained")
-    for row, (image, target, detection, text) in enumerate(entries):
+    pictures, titles = [], []
+    for image, target, detection, text in entries:
         sure = detection["scores"] >= SCORE_THRESHOLD
         found = {key: value[sure] for key, value in detection.items()}
-        for column, (objects, name) in enumerate(((target, "objects"), (found, "found"))):
-            axes = figure.add_subplot(len(entries), 2, 2 * row + column + 1)
-            axes.imshow(drawn(image, objects, class_names).permute(1, 2, 0).numpy())
-            axes.set_title(f"{name}: {text}", fontsize=8)
-            axes.set_axis_off()
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+        for objects, name in ((target, "objects"), (found, "found")):
+            pictures.append(_pixels(drawn(image, objects, class_names)))
+            titles.append(f"{name}: {text}")
+    save_pictures(path, pictures, titles, columns=2, size=4.5, title=title)
 
 
 def save_detection_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
@@ -142,34 +134,36 @@ def save_detection_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
         path: of the PNG file.
         rows: of ``metrics.csv``.
     """
-    epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    loss, average, rate = figure.subplots(1, 3)
-    marker = "o" if len(rows) < 3 else None
-    for name in [key for key in rows[0] if key.startswith("train_")]:
-        style = "-" if name == "train_loss" else "--"
-        label = "sum" if name == "train_loss" else name.removeprefix("train_").removeprefix("loss_")
-        loss.plot(epochs, [row[name] for row in rows], style, label=label, marker=marker)
-    loss.set(title="training losses", xlabel="epoch", ylim=(0, None))
-    for kind, colour in (("box", "tab:orange"), ("mask", "tab:purple")):
-        for name, style in (("ap", "-"), ("ap50", "--")):
-            key = f"val_{kind}_{name}"
-            if key in rows[0]:
-                values = [max(row[key], 0) for row in rows]
-                average.plot(epochs, values, style, color=colour, label=f"{kind} {name.upper()}", marker=marker)
-    best = max(rows, key=lambda row: row["val_box_ap"])
-    average.plot(
-        best["epoch"], best["val_box_ap"], "o", color="tab:red", label=f"best box AP: {best['val_box_ap']:.3f}"
-    )
-    average.set(title="validation", xlabel="epoch", ylim=(0, 1))
-    rate.plot(epochs, [row["lr"] for row in rows], color="tab:green", marker=marker)
-    rate.set(title="learning rate at the end of the epoch", xlabel="epoch")
-    for axes in (loss, average):
-        axes.legend(fontsize=8)
-    for axes in (loss, average, rate):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    save_figure(figure, path)
+
+    def values(name: str) -> list[float]:
+        return [row[name] for row in rows]
+
+    parts = [key for key in rows[0] if key.startswith("train_") and key != "train_loss"]
+    losses = [
+        Line(label="sum, training", values=values("train_loss"), colour="black"),
+        Line(label="sum, validation", values=values("val_loss"), colour="tab:red"),
+        *(
+            Line(label=key.removeprefix("train_").removeprefix("loss_"), values=values(key), style="--")
+            for key in parts
+        ),
+    ]
+    averages = [
+        Line(
+            label=f"{kind} {name.upper()}",
+            values=[max(value, 0) for value in values(f"val_{kind}_{name}")],
+            colour=colour,
+            style=style,
+        )
+        for kind, colour in (("box", "tab:orange"), ("mask", "tab:purple"))
+        for name, style in (("ap", "-"), ("ap50", "--"))
+        if f"val_{kind}_{name}" in rows[0]
+    ]
+    best = f"best box AP: {max(values('val_box_ap')):.3f}"
+    panels = [
+        Panel(title="losses", lines=losses, ylim=(0, None)),
+        Panel(title="validation", lines=averages, ylim=(0, 1), best=best),
+    ]
+    save_panels(path, rows, panels)
 
 
 def save_precision_recall(path: Path, evaluation: DetectionEvaluation, title: str) -> None:
@@ -207,18 +201,6 @@ def save_detection_confusion(path: Path, evaluation: DetectionEvaluation, title:
         evaluation: with the counts.
         title: says of what.
     """
-    counts, names = evaluation.confusion, [*evaluation.class_names, "background"]
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = min(max(5.0, 0.5 * len(names) + 2), 14)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    if len(names) <= _NAMED_CLASSES:
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        axes.set_yticks(range(len(names)), names)
-        for row, column in zip(*np.nonzero(counts), strict=True):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
-    axes.set(title=f"{title}, scores from {SCORE_THRESHOLD}, IoU from 0.5", xlabel="found", ylabel="true")
-    figure.colorbar(picture, label="share of the row", shrink=0.8)
-    save_figure(figure, path)
+    names = [*evaluation.class_names, "background"]
+    title = f"{title}, scores from {SCORE_THRESHOLD}, IoU from {IOU_THRESHOLD}"
+    save_matrix(path, evaluation.confusion, names, title=title, columns="found")

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
-from epsanet._processes import agree, mean
+from epsanet._processes import gather, mean
+from epsanet.data.loaders import seeded
 from epsanet.network.detectors import Detector, loss_names
-from epsanet.tasks.classification import Classifier, DivergedError
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.detection.scores import DetectionEvaluation, DetectionScore
+from epsanet.tasks.module import TaskModule, mean_of_an_epoch
 
 __all__ = ["DetectorModule"]
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]], Tensor]
 
 
-class DetectorModule(Classifier):
-    """A detector with its losses, optimiser, schedule and scores; optimiser and schedule are those of classifiers.
+class DetectorModule(TaskModule):
+    """A detector with its losses, optimiser, schedule and scores.
 
     Args:
         model: the detector.
@@ -32,6 +32,7 @@ class DetectorModule(Classifier):
     """
 
     monitor = "val_box_ap"
+    evaluation: DetectionEvaluation | None = None
 
     def __init__(
         self,
@@ -42,71 +43,65 @@ class DetectorModule(Classifier):
         *,
         masks: bool,
     ) -> None:
-        lightning.LightningModule.__init__(self)
-        self.model = model.to(memory_format=torch.channels_last)
-        self.class_names, self.config, self.updates_per_epoch = class_names, config, updates_per_epoch
-        self.score: Any = DetectionScore(len(class_names), masks=masks)
-        self.losses = nn.ModuleDict(
-            {
-                name: MeanMetric(nan_strategy="disable", sync_on_compute=False)
-                for name in loss_names(model.config.architecture)
-            }
-        )
-        self.train_loss = MeanMetric(nan_strategy="disable", sync_on_compute=False)
-        self.mixer = None
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer batches to evaluate than processes
-        for metric in (self.train_loss, *self.losses.values()):
-            metric.persistent(True)  # type: ignore[operator]
-        self.evaluation: DetectionEvaluation | None = None  # type: ignore[assignment]
+        super().__init__(model, class_names, config, updates_per_epoch)
+        self.score = DetectionScore(len(class_names), masks=masks)
+        self.losses = nn.ModuleDict({name: mean_of_an_epoch() for name in loss_names(model.config.architecture)})
+        self._val_losses: list[tuple[float, int]] = []
+        self._val_loss = math.nan
 
     def forward(self, images: Any, targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Losses in training, else detections, as ``Detector`` has them."""
         return self.model(images, targets)
-
-    def _freeze(self) -> None:
-        """What a detector keeps frozen, it keeps so by itself."""
-        self.model.train()
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         for metric in self.losses.values():
             metric.reset()  # type: ignore[operator]
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:  # type: ignore[override]
+    def training_step(self, batch: Batch, _: int) -> Tensor:
         images, targets, positions = batch
         losses: dict[str, Tensor] = self(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         overall = mean(torch.stack([loss, *(losses[name] for name in self.losses)]).detach())
-        if not torch.isfinite(overall[0]):
-            agree(lambda: self._check_loss(loss, positions))
-            raise DivergedError("the losses of the processes add up to no finite number", [])
+        self.check_loss(overall[0], loss, positions)
         for metric, value in zip((self.train_loss, *self.losses.values()), overall, strict=True):
             metric.update(value, len(images))  # type: ignore[operator]
         return loss
 
-    def validation_step(self, batch: Batch, _: int) -> None:  # type: ignore[override]
+    def validation_step(self, batch: Batch, _: int) -> None:
         images, targets, positions = batch
         self.score.update(self(images), targets, positions)
+        if self.config is not None:  # in training; the loss is of no use to who evaluates
+            trained_on = [{key: value[target["iscrowd"] == 0] for key, value in target.items()} for target in targets]
+            with seeded(self.config.seed, int(positions[0])):  # which anchors and regions count is drawn
+                losses = self.model.losses(images, trained_on)
+            self._val_losses.append((float(sum(losses.values())), len(images)))
 
     def on_validation_epoch_end(self) -> None:
-        found: Any = self.score.result(self.class_names)
-        self.evaluation = found
+        self.evaluation = self.score.result(self.class_names)
         self.score.reset()
-        self.log_dict(self._averages())
+        if self.config is not None:
+            parts = [part for parts in gather(self._val_losses) for part in parts]
+            images = sum(count for _, count in parts)
+            # Rounded once, and so the same however many processes share the images.
+            self._val_loss = math.fsum(loss * count for loss, count in parts) / max(images, 1)
+            self._val_losses = []
+        self.log_dict(self._validation())
 
-    def _averages(self) -> dict[str, float]:
+    def _validation(self) -> dict[str, float]:
         assert self.evaluation is not None
         kinds = {"box": self.evaluation.box, "mask": self.evaluation.mask}
-        return {
+        averages = {
             f"val_{kind}_{name}": getattr(averages, name)
             for kind, averages in kinds.items()
             if averages is not None
             for name in ("ap", "ap50", "ap75")
         }
+        return averages if self.config is None else {"val_loss": self._val_loss, **averages}
 
     def row(self) -> dict[str, float]:
         parts = {f"train_{name}": float(metric.compute()) for name, metric in self.losses.items()}  # type: ignore[operator]
-        return {"train_loss": float(self.train_loss.compute()), **parts, **self._averages()}
+        return {"train_loss": float(self.train_loss.compute()), **parts, **self._validation()}
 
     def headline(self, row: dict[str, float]) -> str:
         text = f"val box AP {row['val_box_ap']:.3f} AP50 {row['val_box_ap50']:.3f}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,8 @@ from epsanet.network.detectors import LoadedDetector, load_detector
 from epsanet.tasks.detection.figures import drawn
 from epsanet.tasks.detection.scores import encode_masks
 from epsanet.tasks.devices import resolve_device
-from epsanet.tasks.predict import OUTPUT_SUFFIXES, find_images
+from epsanet.tasks.predict import find_images
+from epsanet.tasks.tables import Table, write_table
 
 __all__ = ["Detections", "detect", "draw_detections", "write_detections"]
 
@@ -184,16 +183,14 @@ def write_detections(path: str | Path, rows: Iterable[Detections]) -> Iterator[D
     Raises:
         ValueError: for another suffix, or when the library for Parquet is missing.
     """
-    path = Path(path)
-    if path.suffix not in OUTPUT_SUFFIXES:
-        raise ValueError(f"{path} cannot be written; use a name that ends in {', '.join(OUTPUT_SUFFIXES)}")
-    if path.suffix == ".parquet":
-        require("pyarrow", "data")
-    writers = {".csv": _write_csv, ".json": _write_json, ".parquet": _write_parquet}
-    return writers[path.suffix](path, rows)
+    return write_table(path, rows, Table(columns=_COLUMNS, rows=_table_rows, entry=_entry))
 
 
-_COLUMNS = ("image", "error", "class", "score", "x0", "y0", "x1", "y1", "mask_size", "mask_counts")
+_COLUMNS: dict[str, type[str] | type[float]] = {
+    **dict.fromkeys(("image", "error", "class"), str),
+    **dict.fromkeys(("score", "x0", "y0", "x1", "y1"), float),
+    **dict.fromkeys(("mask_size", "mask_counts"), str),
+}
 
 
 def _table_rows(row: Detections) -> list[dict[str, Any]]:
@@ -214,44 +211,16 @@ def _table_rows(row: Detections) -> list[dict[str, Any]]:
     ]
 
 
-def _write_csv(path: Path, rows: Iterable[Detections]) -> Iterator[Detections]:
-    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        for row in rows:
-            writer.writerows(_table_rows(row))
-            yield row
-
-
-def _write_json(path: Path, rows: Iterable[Detections]) -> Iterator[Detections]:
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        separator = "[\n"
-        for row in rows:
-            masks = row.masks if row.masks is not None else (None,) * len(row.boxes)
-            found = [
-                {"class": name, "score": score, "box": list(box), **({"mask": mask} if mask else {})}
-                for name, score, box, mask in zip(row.classes, row.scores, row.boxes, masks, strict=True)
-            ]
-            entry = {"image": row.image, "width": row.width, "height": row.height, "error": row.error or None}
-            file.write(separator + json.dumps({**entry, "detections": found}, ensure_ascii=False))
-            separator = ",\n"
-            yield row
-        file.write("\n]\n" if separator == ",\n" else "[]\n")
-
-
-def _write_parquet(path: Path, rows: Iterable[Detections]) -> Iterator[Detections]:
-    import pyarrow
-    from pyarrow import parquet
-
-    numbers = ("score", "x0", "y0", "x1", "y1")
-    types = {name: pyarrow.float32() if name in numbers else pyarrow.string() for name in _COLUMNS}
-    schema = pyarrow.schema(list(types.items()))
-    with atomic_file(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
-        waiting: list[dict[str, Any]] = []
-        for row in rows:
-            waiting.extend(_table_rows(row))
-            if len(waiting) >= 1000:
-                writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
-                waiting = []
-            yield row
-        writer.write_table(pyarrow.Table.from_pylist(waiting, schema))
+def _entry(row: Detections) -> dict[str, Any]:
+    masks = row.masks if row.masks is not None else (None,) * len(row.boxes)
+    found = [
+        {"class": name, "score": score, "box": list(box), **({"mask": mask} if mask else {})}
+        for name, score, box, mask in zip(row.classes, row.scores, row.boxes, masks, strict=True)
+    ]
+    return {
+        "image": row.image,
+        "width": row.width,
+        "height": row.height,
+        "error": row.error or None,
+        "detections": found,
+    }

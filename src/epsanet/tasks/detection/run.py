@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from timm.models import get_model_args
 from torch.utils.data import DataLoader
 
 from epsanet._processes import agree, first, rank
@@ -24,7 +25,10 @@ from epsanet.data.detection import (
 from epsanet.data.digits_scenes import DIGITS_DETECTION, open_digits_scenes
 from epsanet.data.loaders import TrainLoader
 from epsanet.data.sources import require
-from epsanet.network.detectors import Detector, create_detector, load_detector, save_detector
+from epsanet.network.detector_start import start_detector_from
+from epsanet.network.detectors import Detector, LoadedDetector, create_detector, load_detector, save_detector
+from epsanet.network.model_folder import is_detector
+from epsanet.network.weights import LoadedModel, load_model
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import messages, track
 from epsanet.tasks.detection.card import detector_card, detector_title
@@ -122,19 +126,22 @@ class DetectionRun(Run):
         load_detector(folder)
 
 
-def prepare_detection(config: TrainConfig, processes: Processes, folder: Path | None) -> DetectionRun:
+def prepare_detection(config: TrainConfig, processes: Processes, folder: Path | None, *, resumed: bool) -> DetectionRun:
     """Everything that can fail for the user's reasons, before anything is written.
 
     Args:
         config: of the run; its ``detector`` says which.
         processes: that take part; each has to call this.
         folder: the run folder where it is known and this run's own; found or refused when left out.
+        resumed: whether weights come from a checkpoint, and not from ``init_from``.
 
     Raises:
         ValueError: for what cannot run, in all processes where it is so in one.
     """
     folder = folder or first(lambda: run_folder(config))
-    config, splits, model = agree(lambda: _build(config))
+    config = agree(lambda: _refused(config))
+    splits = first(lambda: _open(config))
+    config, model, start = agree(lambda: _build(config, splits, resumed=resumed))
     if rank():  # as for classifiers: each process has its own noise, but all have the same first weights
         lightning.seed_everything((config.seed + rank()) % 2**32, verbose=False)
     return DetectionRun(
@@ -145,39 +152,70 @@ def prepare_detection(config: TrainConfig, processes: Processes, folder: Path | 
         model=model,
         data_config={"input_size": (3, model.config.min_size, model.config.max_size)},
         folder=folder,
+        start=start,
     )
 
 
-def _build(config: TrainConfig) -> tuple[TrainConfig, DetectionSplits, Detector]:
-    config = _resolved(config)
-    assert config.detector is not None
-    require("faster_coco_eval", "detection")
-    masks = config.detector.has_masks
-    if config.data.source == DIGITS_DETECTION:
-        splits = open_digits_scenes(config.data)
-    else:
-        splits = open_coco(config.data, masks=masks, progress=tracked)
-    for report in splits.reports:
-        say_problems(report)
-    if len(splits.train) < 2:
-        raise ValueError(f"{config.data.source} has {len(splits.train)} image to train on; two are the least")
-    lightning.seed_everything(config.seed, verbose=False)
-    model = create_detector(config.model, len(splits.class_names), config.detector, backbone_args=config.model_args)
-    DetectorModule(model, splits.class_names, config, masks=masks).configure_optimizers()  # says what timm lacks
-    return config, splits, model
-
-
-def _resolved(config: TrainConfig) -> TrainConfig:
-    """The configuration with its backbone named, and nothing in it that only classifiers have."""
-    if config.init_from is not None:
-        raise ValueError("init_from is for classifiers; a detector's backbone starts from --detector.backbone_weights")
+def _refused(config: TrainConfig) -> TrainConfig:
+    """The configuration, when there is nothing in it that only classifiers have."""
     if config.freeze_epochs:
         raise ValueError("freeze_epochs is for classifiers; --detector.frozen_stages keeps a part of the backbone")
     if config.data.mixes:
         raise ValueError("mixup and cutmix are for classifiers; leave them out")
     if config.sync_batchnorm:
         raise ValueError("sync_batchnorm is for classifiers; a detector's norms keep to their own process")
-    return dataclasses.replace(config, model="epsanet50_small") if config.model == "auto" else config
+    return config
+
+
+def _open(config: TrainConfig) -> DetectionSplits:
+    """The data set, checked: by one process, which tells the others."""
+    require("faster_coco_eval", "detection")
+    assert config.detector is not None
+    if config.data.source == DIGITS_DETECTION:
+        splits = open_digits_scenes(config.data)
+    else:
+        splits = open_coco(config.data, masks=config.detector.has_masks, progress=tracked)
+    for report in splits.reports:
+        say_problems(report)
+    if len(splits.train) < 2:
+        raise ValueError(f"{config.data.source} has {len(splits.train)} image to train on; two are the least")
+    return splits
+
+
+def _build(config: TrainConfig, splits: DetectionSplits, *, resumed: bool) -> tuple[TrainConfig, Detector, str | None]:
+    """The detector and what it starts from; says what timm and torchvision do not have."""
+    source = None
+    if config.init_from is not None and not resumed:
+        source = load_detector(config.init_from) if is_detector(config.init_from) else load_model(config.init_from)
+    config = _filled_in(config, source)
+    assert config.detector is not None
+    lightning.seed_everything(config.seed, verbose=False)
+    model = create_detector(config.model, len(splits.class_names), config.detector, backbone_args=config.model_args)
+    start = start_detector_from(model, splits.class_names, source) if source is not None else None
+    transform = model.network.transform
+    transform.image_mean = list(config.data.mean or transform.image_mean)
+    transform.image_std = list(config.data.std or transform.image_std)
+    config = dataclasses.replace(  # a run that is resumed does not look at init_from again
+        config,
+        data=dataclasses.replace(config.data, mean=tuple(transform.image_mean), std=tuple(transform.image_std)),
+    )
+    module = DetectorModule(model, splits.class_names, config, masks=config.detector.has_masks)  # type: ignore[union-attr]
+    module.configure_optimizers()
+    return config, model, start
+
+
+def _filled_in(config: TrainConfig, source: LoadedModel | LoadedDetector | None) -> TrainConfig:
+    """The configuration with its backbone named."""
+    if config.model != "auto":
+        return config
+    if source is None:
+        return dataclasses.replace(config, model="epsanet50_small")
+    if isinstance(source, LoadedDetector):
+        name, args = source.model.backbone_name, source.model.backbone_args
+    else:
+        args = {key: value for key, value in get_model_args(source.model).items() if key != "num_classes"}
+        name = source.architecture
+    return dataclasses.replace(config, model=name, model_args={**args, **config.model_args})
 
 
 def tracked(title: str) -> Any:
