@@ -25,7 +25,7 @@ __all__ = ["DIGITS_DETECTION", "DigitsScenes", "open_digits_scenes"]
 DIGITS_DETECTION = "digits-detection"
 SIZE = 128
 """Height and width of a canvas in pixels."""
-_IMAGES = {"train": 1600, "val": 200, "test": 400}
+_IMAGES = {"train": 1600, "val": 120, "test": 400}
 _SIDES = (18, 60)
 """Smallest and largest side of a digit, before it is turned."""
 _VISIBLE = 0.5
@@ -71,7 +71,8 @@ class DigitsScenes(DetectionSamples):
         layers: list[_Layer] = []
         for _ in range(random.integers(3, 9)):
             self._add_digit(random, canvas, layers)
-        pixels = np.clip(canvas + random.normal(0, random.uniform(0, 12), canvas.shape), 0, 255).astype(np.uint8)
+        noise = random.standard_normal(canvas.shape, np.float32) * np.float32(random.uniform(0, 12))
+        pixels = np.clip(canvas + noise, 0, 255).astype(np.uint8)
         visible = torch.from_numpy(np.stack([layer.mask for layer in layers]))
         return Image.fromarray(pixels), Objects(
             boxes=masks_to_boxes(visible) + torch.tensor([0.0, 0, 1, 1]),  # its corners are inclusive
@@ -99,7 +100,7 @@ class DigitsScenes(DetectionSamples):
         while np.abs(colour - behind).mean() < _CONTRAST:
             colour = random.uniform(0, 255, 3)
         alpha = (strength / 255)[..., None]
-        canvas[place] = canvas[place] * (1 - alpha) + colour * alpha
+        canvas[place] += alpha * (colour.astype(np.float32) - canvas[place])
 
     def _drawn(self, random: np.random.Generator, chosen: int) -> np.ndarray:
         """A digit at a random size and angle: how strongly each pixel is inked, 0 to 255."""
@@ -124,8 +125,8 @@ class SceneReport:
 
 def _clutter(random: np.random.Generator) -> np.ndarray:
     """A canvas that fades from one colour to another, with faint lines, ellipses and rectangles; float32."""
-    colours, across = random.uniform(0, 255, (2, 3)), random.uniform(-1, 1, 2)
-    ramp = np.add.outer(np.linspace(0, across[0], SIZE), np.linspace(0, across[1], SIZE))
+    colours, across = random.uniform(0, 255, (2, 3)).astype(np.float32), random.uniform(-1, 1, 2).astype(np.float32)
+    ramp = np.add.outer(*(np.linspace(0, end, SIZE, dtype=np.float32) for end in across))
     ramp = (ramp - ramp.min()) / max(np.ptp(ramp), 1e-6)
     picture = Image.fromarray((colours[0] + ramp[..., None] * (colours[1] - colours[0])).astype(np.uint8))
     draw = ImageDraw.Draw(picture, "RGBA")

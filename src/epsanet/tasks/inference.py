@@ -21,7 +21,7 @@ def inference_network(
     precision: str = "32-true",
     note: Callable[[str], None] = lambda _: None,
 ) -> nn.Module:
-    """The network with the same logits, to 1e-4, that runs fastest: ``epsanet.optimize`` of it on a CPU in float32.
+    """The network with the same outputs, to 1e-4, that runs fastest: ``epsanet.optimize`` of it on a CPU in float32.
 
     Where the reference kernels are asked for (``epsanet.kernels.use``), the network stays as it is, as does a bundle's.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from epsanet._processes import agree, rank
+from epsanet._processes import agree, first, rank
 from epsanet.data.coco import open_coco_split
 from epsanet.data.config import DataConfig
 from epsanet.data.detection import DetectionSamples, detection_evaluation_loader
@@ -13,6 +13,7 @@ from epsanet.data.digits_scenes import DIGITS_DETECTION, open_digits_scenes
 from epsanet.data.sources import require
 from epsanet.network.detectors import LoadedDetector, load_detector
 from epsanet.tasks.console import messages
+from epsanet.tasks.detection.inference import inference_detector
 from epsanet.tasks.detection.module import DetectorModule
 from epsanet.tasks.detection.results import write_coco_results
 from epsanet.tasks.detection.run import say_problems, tracked
@@ -55,12 +56,13 @@ def evaluate_detector(
     require("faster_coco_eval", "detection")
     loaded = agree(lambda: model if isinstance(model, LoadedDetector) else load_detector(model))
     wanted = loaded.model.config.has_masks
-    samples = agree(lambda: _open(data, split, loaded.class_names, masks=wanted))
+    samples = first(lambda: _open(data, split, loaded.class_names, masks=wanted))
     masks = wanted and samples.has_masks
     if wanted and not masks:
         note(f"{data.source} has no masks; boxes alone are compared")
     loader = detection_evaluation_loader(samples, data, masks=masks)
-    module = DetectorModule(loaded.model, loaded.class_names, masks=masks)
+    network = agree(lambda: inference_detector(loaded.model, processes.device, precision, note))
+    module = DetectorModule(network, loaded.class_names, masks=masks)
     evaluation: DetectionEvaluation = evaluate_module(module, loader, processes, precision)
     if output is not None and rank() == 0:
         files = write_coco_results(output, evaluation, samples)

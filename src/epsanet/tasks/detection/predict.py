@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from epsanet._files import atomic_file
 from epsanet.data.coco import read_rle
 from epsanet.data.images import ImageError, read_image
 from epsanet.data.sources import require
-from epsanet.network.detectors import LoadedDetector, load_detector
+from epsanet.network.detectors import Detector, LoadedDetector, load_detector
+from epsanet.tasks.console import messages
 from epsanet.tasks.detection.figures import drawn
+from epsanet.tasks.detection.inference import inference_detector
 from epsanet.tasks.detection.scores import encode_masks
 from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.predict import find_images
@@ -78,6 +80,7 @@ def detect(
     batch_size: int = 4,
     workers: int = 0,
     device: str = "auto",
+    note: Callable[[str], None] = messages.print,
 ) -> Iterator[Detections]:
     """Find objects in images, in order; unreadable ones give an error and do not disturb the rest.
 
@@ -88,6 +91,7 @@ def detect(
         batch_size: images at a time.
         workers: processes that read images.
         device: auto, cpu, cuda, cuda:N or mps.
+        note: told what the user should know: that the backbone was optimised.
 
     Raises:
         ValueError: for a model, device, folder or pattern that is not there.
@@ -101,13 +105,21 @@ def detect(
     loaded = model if isinstance(model, LoadedDetector) else load_detector(model)
     if loaded.model.config.has_masks:
         require("faster_coco_eval", "detection")
-    return _detect(loaded, find_images(images), score_thresh, batch_size, workers, place)
+    paths = find_images(images)
+    network = inference_detector(loaded.model, place, note=note)
+    return _detect(network, loaded.class_names, paths, score_thresh, batch_size, workers, place)
 
 
 def _detect(
-    loaded: LoadedDetector, paths: list[str], score_thresh: float, batch_size: int, workers: int, device: torch.device
+    network: Detector,
+    class_names: list[str],
+    paths: list[str],
+    score_thresh: float,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
 ) -> Iterator[Detections]:
-    network = loaded.model.to(device).eval()
+    network = network.to(device)
     loader = DataLoader(_Files(paths), batch_size=batch_size, num_workers=workers, collate_fn=list)
     for batch in loader:
         images = [image.to(device) for image, _, _ in batch if image is not None]
@@ -117,7 +129,7 @@ def _detect(
             if image is None:
                 yield Detections(image=path, error=error)
             else:
-                yield _named(path, image, next(found), score_thresh, loaded.class_names)
+                yield _named(path, image, next(found), score_thresh, class_names)
 
 
 def _named(

@@ -39,6 +39,7 @@ from epsanet.tasks.detection.figures import (
     save_precision_recall,
     save_scenes,
 )
+from epsanet.tasks.detection.inference import inference_detector
 from epsanet.tasks.detection.module import DetectorModule
 from epsanet.tasks.detection.scores import DetectionEvaluation, ImageResult
 from epsanet.tasks.launch import Processes
@@ -77,7 +78,8 @@ class DetectionRun(Run):
         return DetectorModule(self.model, self.splits.class_names, self.config, updates_per_epoch, masks=self.masks)
 
     def inference_module(self) -> DetectorModule:
-        return DetectorModule(self.model.eval(), self.splits.class_names, masks=self.masks)
+        network = inference_detector(self.model, self.processes.device, self.config.precision)
+        return DetectorModule(network, self.splits.class_names, masks=self.masks)
 
     def draw_first_batch(self) -> None:
         images, targets, _ = next(iter(self.train_loader(workers=0)))
