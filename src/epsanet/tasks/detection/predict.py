@@ -17,7 +17,7 @@ from epsanet._files import atomic_file
 from epsanet.data.coco import read_rle
 from epsanet.data.images import ImageError, read_image
 from epsanet.data.sources import require
-from epsanet.network.detectors import Detector, LoadedDetector, load_detector
+from epsanet.network.detectors import LoadedDetector, load_detector
 from epsanet.tasks.console import messages
 from epsanet.tasks.detection.figures import drawn
 from epsanet.tasks.detection.inference import inference_detector
@@ -105,21 +105,19 @@ def detect(
     loaded = model if isinstance(model, LoadedDetector) else load_detector(model)
     if loaded.model.config.has_masks:
         require("faster_coco_eval", "detection")
-    paths = find_images(images)
-    network = inference_detector(loaded.model, place, note=note)
-    return _detect(network, loaded.class_names, paths, score_thresh, batch_size, workers, place)
+    return _detect(loaded, find_images(images), score_thresh, batch_size, workers, place, note)
 
 
 def _detect(
-    network: Detector,
-    class_names: list[str],
+    loaded: LoadedDetector,
     paths: list[str],
     score_thresh: float,
     batch_size: int,
     workers: int,
     device: torch.device,
+    note: Callable[[str], None],
 ) -> Iterator[Detections]:
-    network = network.to(device)
+    network = inference_detector(loaded.model, device, note=note).to(device)
     loader = DataLoader(_Files(paths), batch_size=batch_size, num_workers=workers, collate_fn=list)
     for batch in loader:
         images = [image.to(device) for image, _, _ in batch if image is not None]
@@ -129,7 +127,7 @@ def _detect(
             if image is None:
                 yield Detections(image=path, error=error)
             else:
-                yield _named(path, image, next(found), score_thresh, class_names)
+                yield _named(path, image, next(found), score_thresh, loaded.class_names)
 
 
 def _named(
