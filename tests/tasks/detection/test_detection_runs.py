@@ -263,6 +263,7 @@ def test_images_of_any_kind_are_looked_at(
         (["train", "digits-detection", "--init_from", "{model}"], "another network than mask_rcnn on epsanet50_small"),
         (["train", "digits-detection", "--freeze_epochs=1", "--init_from={model}"], "--detector.frozen_stages"),
         (["train", "digits-detection", "--data.mixup=0.2"], "mixup and cutmix are for classifiers"),
+        (["train", "digits-detection", "--data.aug_repeats=2"], "aug_repeats is for classifiers"),
         (["train", "bccd", "--data", "gone"], "there is no folder gone"),
         (["train", "digits", "--data.scale_jitter=[2,1]"], "scale_jitter"),
     ],

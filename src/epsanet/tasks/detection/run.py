@@ -164,6 +164,8 @@ def _refused(config: TrainConfig) -> TrainConfig:
         raise ValueError("freeze_epochs is for classifiers; --detector.frozen_stages keeps a part of the backbone")
     if config.data.mixes:
         raise ValueError("mixup and cutmix are for classifiers; leave them out")
+    if config.data.aug_repeats > 1:
+        raise ValueError("aug_repeats is for classifiers; leave it out")
     if config.sync_batchnorm:
         raise ValueError("sync_batchnorm is for classifiers; a detector's norms keep to their own process")
     return config
