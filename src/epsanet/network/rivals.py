@@ -155,9 +155,10 @@ class PyConvResNet(Trunk):
             first: Any = stage[0]
             stride = first.conv2.stride[0]
             if not small_images and stride > 1:
-                conv, norm = first.downsample[0], first.downsample[1]
-                conv.stride = (1, 1)
-                first.downsample = nn.Sequential(nn.MaxPool2d(3, stride, padding=1), conv, norm)
+                match_channels = list(first.downsample or ())
+                for layer in match_channels[:1]:
+                    layer.stride = (1, 1)
+                first.downsample = nn.Sequential(nn.MaxPool2d(3, stride, padding=1), *match_channels)
             for block in stage:
                 if len(kernel_sizes) > 1:
                     block.conv2 = psa_like(block.conv2, kernel_sizes, groups, se="none")  # type: ignore
@@ -205,6 +206,7 @@ class GCNet(Trunk):
         for module in self.modules():
             if isinstance(module, GlobalContext):
                 module.reset_parameters()  # timm's ResNet has drawn over it
+                nn.init.zeros_(module.mlp_add.fc2.bias)
 
 
 def _initialise(module: nn.Module) -> None:
