@@ -97,6 +97,11 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
+def _register() -> None:
+    for name in ("epsanet", "rivals"):
+        importlib.import_module(f"epsanet.network.{name}")
+
+
 class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
     """Registers the networks the moment ``timm.models`` has been imported, without importing it now."""
 
@@ -116,13 +121,13 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
 
         def load_and_register(module: ModuleType) -> None:
             load(module)
-            importlib.import_module("epsanet.network.epsanet")
+            _register()
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec
 
 
 if "timm.models" in sys.modules:
-    importlib.import_module("epsanet.network.epsanet")
+    _register()
 else:
     sys.meta_path.insert(0, _RegisterAfterTimm())

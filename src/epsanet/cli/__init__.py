@@ -18,11 +18,13 @@ COMMANDS = {
     "shard": "pack an image folder into WebDataset shards",
     "export": "a network for ONNX Runtime, OpenVINO or torch.export, checked on real images",
     "explain": "what a network looks at in images: Grad-CAM, and the scale each block listens to",
+    "study": "the paper's experiments: cost tables, comparison, ablation, their report",
     "models": "the networks, their cost, the published figures beside, and the weights in this package",
     "convert": "released checkpoint to model folder, or back",
     "publish": "a model folder to the Hugging Face Hub",
 }
-"""Each is the module of its name here, with ``parser``, ``run`` and, where argparse is too narrow, ``arrange``."""
+"""Each is the module of its name here, with ``parser``, ``run`` and, where argparse is too narrow, ``arrange``; one
+that has commands of its own adds them in ``add_parts``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,6 +89,8 @@ def _run(words: list[str]) -> int:
         sub = command.parser() if name == chosen else ArgumentParser(exit_on_error=False)
         sub.description = text
         commands.add_subcommand(name, sub, help=text)
+        if name == chosen and hasattr(command, "add_parts"):
+            command.add_parts(sub)  # jsonargparse wants the upper level first
     arrange = getattr(command, "arrange", None)
     try:
         namespace = parser.parse_args(arrange(words) if arrange else words)

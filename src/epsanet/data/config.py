@@ -26,6 +26,8 @@ class DataConfig:
     """Name of the test split; found by the usual names when left out."""
     val_fraction: float = 0.1
     """Share of the training images that becomes the validation split of a data set that has none."""
+    train_fraction: float = 1.0
+    """Classification: share of the training images to train on, the same of each class; validation stays the same."""
     streaming: bool = False
     """Read Parquet and hfds/ data sets front to back as they come, without keeping a copy on disk."""
     image_key: str = "image"
@@ -88,6 +90,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"data.val_fraction={self.val_fraction} is impossible; use a share between 0 and 1")
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"data.train_fraction={self.train_fraction} is impossible; use a share above 0, up to 1")
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size={self.batch_size} is impossible; use 1 or more")
         if self.workers is not None and self.workers < 0:

@@ -91,6 +91,11 @@ def open_data(config: DataConfig) -> DataSplits:
             )
         train, val = _split_off(train, config.val_fraction, config.source)
         notes.append(f"no validation split: {len(val):,} images of the training split, same share of each class")
+    if config.train_fraction < 1:
+        if isinstance(train, Stream):
+            raise ValueError(f"{config.source} is read as a stream, which has no fraction; leave --data.streaming out")
+        _, train = _split_off(train, config.train_fraction, config.source, "train_fraction")
+        notes.append(f"{len(train):,} training images: a fraction of {config.train_fraction:g}")
     return DataSplits(
         name=config.source,
         train=train,
@@ -180,8 +185,8 @@ def _first(found: dict[str, Any], names: Sequence[str]) -> Any:
     return next((found[name] for name in names if name in found), None)
 
 
-def _split_off(samples: Samples, fraction: float, name: str) -> tuple[Samples, Samples]:
-    """Split stratified by class: the first part to learn from, the second to validate."""
+def _split_off(samples: Samples, fraction: float, name: str, flag: str = "val_fraction") -> tuple[Samples, Samples]:
+    """Split stratified by class; the second part is the fraction that the flag names."""
     from sklearn.model_selection import train_test_split
 
     counts = np.bincount(samples.labels, minlength=len(samples.class_names))
@@ -197,7 +202,7 @@ def _split_off(samples: Samples, fraction: float, name: str) -> tuple[Samples, S
         )
     except ValueError as error:
         raise ValueError(
-            f"{name} is too small to split off a validation share of {fraction}: {error}; raise --data.val_fraction"
+            f"{name} is too small to split off a share of {fraction:g}: {error}; raise --data.{flag}"
         ) from error
     return Subset(samples, np.sort(kept)), Subset(samples, np.sort(taken))
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from epsanet import kernels
 from epsanet.network.graph import Rewriter, Tracer, fold_norms, foldable, scale_and_shift
-from epsanet.network.psa import PSA, scale_attention, squeeze_excite_weight
+from epsanet.network.psa import PSA, branch_attention
 
 __all__ = ["DepthwiseSum", "PortablePSA", "branch_forms", "branch_in_form", "portable"]
 
@@ -129,8 +129,9 @@ class PortablePSA(nn.Module):
         forms = [conv.groups for conv in convs] if forms is None else forms
         self.branches = nn.ModuleList(branch_in_form(conv, form) for conv, form in zip(convs, forms, strict=True))
         self.split, self.softmax = psa.spc.mode == "split", psa.softmax
-        self.fc1, self.fc2 = psa.se.fc1, psa.se.fc2
-        scale, shift = scale_and_shift(norm, sum(conv.out_channels for conv in convs))
+        self.se, self.added_up = psa.se, psa.fusion == "sum"
+        made = sum(conv.out_channels for conv in convs)
+        scale, shift = scale_and_shift(norm, made // len(convs) if self.added_up else made)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.shift = nn.Parameter(shift[None, :, None, None], requires_grad=False) if norm is not None else None
 
@@ -139,9 +140,12 @@ class PortablePSA(nn.Module):
         inputs = x_NCHW.chunk(len(self.branches), 1) if self.split else [x_NCHW] * len(self.branches)
         feats_NKHW = torch.cat([branch(part) for branch, part in zip(self.branches, inputs, strict=True)], 1)
         averages_NSD = feats_NKHW.mean((2, 3)).unflatten(1, (len(self.branches), -1))
-        weights = (self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias)
-        attention_NSD = scale_attention(squeeze_excite_weight(averages_NSD, *weights), self.softmax)
-        y = feats_NKHW * (attention_NSD.flatten(1) * self.scale)[:, :, None, None]
+        attention_NSD = branch_attention(self.se, averages_NSD, self.softmax)
+        if self.added_up:
+            y = (feats_NKHW.unflatten(1, attention_NSD.shape[1:]) * attention_NSD[..., None, None]).sum(1)
+            y = y * self.scale[:, None, None]
+        else:
+            y = feats_NKHW * (attention_NSD.flatten(1) * self.scale)[:, :, None, None]
         return y if self.shift is None else y + self.shift
 
 

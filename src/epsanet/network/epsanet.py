@@ -1,8 +1,7 @@
 """EPSANet: timm's ResNet with the k×k convolutions of its blocks replaced by PSA modules.
 
 Paper section 3.3 and tables 1 and 2. The trunk (stems, dilation, drop path, feature extraction, classifier) is
-timm's; what is here is the two blocks, the stem for small images, and the variants. Importing this module
-registers the variants in timm.
+timm's; what is here is the two blocks and the variants. Importing this module registers the variants in timm.
 """
 
 from __future__ import annotations
@@ -10,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import nn
+from timm.models.resnet import BasicBlock, Bottleneck
 
-from epsanet.network.psa import GROUPS, KERNEL_SIZES, REDUCTION, SoftmaxMode, SPCMode, psa_like
+from epsanet.network.psa import (
+    GROUPS,
+    KERNEL_SIZES,
+    REDUCTION,
+    FusionMode,
+    SEMode,
+    SoftmaxMode,
+    SPCMode,
+    psa_like,
+)
 from epsanet.network.shipped import pretrained_cfgs, shipped_folders
+from epsanet.network.trunk import Trunk, imagenet_cfg, small_image_cfg
 
 __all__ = ["EPSABasicBlock", "EPSABlock", "EPSANet"]  # register_model adds the variants
 
@@ -31,8 +38,10 @@ class EPSABlock(Bottleneck):
         kernel_sizes: odd kernel of each branch.
         groups: groups of each branch; ``fit_groups`` reduces what a narrow stage cannot hold.
         spc: ``"multiplex"`` or ``"split"``.
-        softmax: ``"scales"`` or ``"channels"``.
+        softmax: ``"scales"``, ``"channels"`` or ``"none"``.
         reduction: of the SEWeight.
+        se: ``"shared"``, ``"branches"`` or ``"none"``.
+        fusion: ``"concat"`` or ``"sum"``.
         **kwargs: of timm's ``Bottleneck``.
 
     Raises:
@@ -49,10 +58,12 @@ class EPSABlock(Bottleneck):
         spc: SPCMode = "multiplex",
         softmax: SoftmaxMode = "scales",
         reduction: int = REDUCTION,
+        se: SEMode = "shared",
+        fusion: FusionMode = "concat",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.conv2 = psa_like(self.conv2, kernel_sizes, groups, spc, softmax, reduction)
+        self.conv2 = psa_like(self.conv2, kernel_sizes, groups, spc, softmax, reduction, se, fusion)
 
 
 class EPSABasicBlock(BasicBlock):
@@ -73,111 +84,34 @@ class EPSABasicBlock(BasicBlock):
         spc: SPCMode = "multiplex",
         softmax: SoftmaxMode = "scales",
         reduction: int = REDUCTION,
+        se: SEMode = "shared",
+        fusion: FusionMode = "concat",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.conv1 = psa_like(self.conv1, kernel_sizes, groups, spc, softmax, reduction)
-        self.conv2 = psa_like(self.conv2, kernel_sizes, groups, spc, softmax, reduction)
+        self.conv1 = psa_like(self.conv1, kernel_sizes, groups, spc, softmax, reduction, se, fusion)
+        self.conv2 = psa_like(self.conv2, kernel_sizes, groups, spc, softmax, reduction, se, fusion)
 
 
-class EPSANet(ResNet):
-    """timm's ResNet over EPSA blocks, initialised as the released code does, optionally for small images.
-
-    Every convolution starts normal with standard deviation ``sqrt(2 / (k * k * out_channels))``, norms at weight 1
-    and bias 0. ``zero_init_last=True`` gives timm's zero start of each block's last norm instead.
-
-    Args:
-        block: ``EPSABlock`` or ``EPSABasicBlock``.
-        layers: blocks of each of the four stages.
-        small_images: a 3×3 stem of stride 1 and no pool; the stages then have strides 1, 2, 4, 8 and
-            ``output_stride`` may be 2, 4 or 8.
-        output_stride: the largest stride; later stages are dilated. 32 when left out, 8 for small images.
-        zero_init_last: whether the last norm of each block starts at zero.
-        **kwargs: of timm's ``ResNet``.
-
-    Raises:
-        ValueError: for an impossible stride, stem or PSA module.
-    """
-
-    conv1: Any
-
-    def __init__(
-        self,
-        block: type[EPSABlock] | type[EPSABasicBlock],
-        layers: Sequence[int],
-        small_images: bool = False,
-        output_stride: int | None = None,
-        zero_init_last: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        # timm counts a stem of stride 4; a stem of stride 1 makes every stride a quarter of that.
-        stem_stride = 1 if small_images else 4
-        strides = tuple(stem_stride * stride for stride in (2, 4, 8))
-        output_stride = strides[-1] if output_stride is None else output_stride
-        if output_stride not in strides:
-            raise ValueError(f"output_stride={output_stride} is impossible here; use one of {strides}")
-        super().__init__(
-            block,
-            tuple(layers),
-            output_stride=output_stride * 4 // stem_stride,
-            zero_init_last=zero_init_last,
-            **kwargs,
-        )
-        if small_images:
-            if isinstance(self.conv1, nn.Sequential):
-                raise ValueError("stem_type is for networks with a 7×7 stem; leave it out with small_images=True")
-            stem = self.conv1
-            self.conv1 = nn.Conv2d(
-                stem.in_channels,
-                stem.out_channels,
-                3,
-                padding=1,
-                bias=False,
-                device=stem.weight.device,
-                dtype=stem.weight.dtype,
-            )
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-            self.maxpool = nn.Identity()
-            for info in self.feature_info:
-                info["reduction"] //= 2 if info["module"] == "act1" else 4
-
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2105.14447",
-        **kwargs,
-    }
-
-
-def _tiny_cfg() -> dict[str, Any]:
-    return _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0)
+class EPSANet(Trunk):
+    """A trunk of EPSA blocks; arguments and errors are those of ``Trunk``."""
 
 
 _CFGS = {
-    "epsanet18": _cfg(),
-    "epsanet34": _cfg(),
-    "epsanet50_small": _cfg(),
-    "epsanet101_small": _cfg(),
-    "epsanet50_large": _cfg(),
-    "epsanet101_large": _cfg(),
-    "epsanet50_large_g32": _cfg(),
-    "epsanet101_large_g32": _cfg(),
-    "epsanet14_tiny": _tiny_cfg(),
-    "epsanet23_tiny_wide": _tiny_cfg(),
-    "epsanet26_tiny": _tiny_cfg(),
-    "epsanet38_tiny": _tiny_cfg(),
-    "epsanet26_tiny_x2": _tiny_cfg(),
-    "epsanet50_tiny_x2": _tiny_cfg(),
+    "epsanet18": imagenet_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet34": imagenet_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet50_small": imagenet_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet101_small": imagenet_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet50_large": imagenet_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet101_large": imagenet_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet50_large_g32": imagenet_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet101_large_g32": imagenet_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet14_tiny": small_image_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet23_tiny_wide": small_image_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet26_tiny": small_image_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet38_tiny": small_image_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet26_tiny_x2": small_image_cfg(paper_ids="arXiv:2105.14447"),
+    "epsanet50_tiny_x2": small_image_cfg(paper_ids="arXiv:2105.14447"),
 }
 # timm builds an architecture that is named without a tag by its default entry, and takes the first that has weights
 # for that. Weights for digits must not change the input size and classes of an architecture, so its own entry is

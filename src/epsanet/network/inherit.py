@@ -76,9 +76,10 @@ def inherit(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
 
     Each ``….convN`` that is a PSA module in ``model`` takes the filters of the ResNet's ``….convN`` by
     ``branch_filters``. Its SEWeight starts with a second map of zeros, so that attention is first the same for all
-    scales, 1/S (1/D for ``softmax="channels"``), and learns from there; the running statistics of the norm that
-    follows, ``….bnN``, are scaled by as much. A branch that took its filters exactly then gives what the ResNet gave.
-    A branch of several groups sums over fewer inputs; its statistics are right only after some steps of training.
+    scales, 1/S (1/D for ``softmax="channels"``, 1/2 for ``"none"``), and learns from there; the running statistics
+    of the norm that follows, ``….bnN``, are scaled by as much. A branch that took its filters exactly then gives what
+    the ResNet gave. A branch of several groups sums over fewer inputs; its statistics are right only after some steps
+    of training.
 
     Args:
         state_dict: of a ResNet of timm or torchvision.
@@ -86,6 +87,9 @@ def inherit(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
 
     Returns:
         All tensors of ``state_dict``, those of convolutions exchanged for those of PSA modules.
+
+    Raises:
+        ValueError: for modules that add their branches up.
     """
     result = dict(state_dict)
     modules = dict(model.named_modules())
@@ -93,15 +97,18 @@ def inherit(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     for name, psa in modules.items():
         if not isinstance(psa, PSA) or f"{name}.weight" not in result:
             continue
+        if psa.fusion == "sum":
+            raise ValueError(f"{name} adds its branches up (fusion='sum') and cannot inherit from one convolution")
         convs: list[Any] = list(psa.spc.branches)
         kernel_sizes = [conv.kernel_size[0] for conv in convs]
         filters = branch_filters(
             result.pop(f"{name}.weight"), kernel_sizes, [conv.groups for conv in convs], psa.spc.mode
         )
         result |= {f"{name}.spc.branches.{place}.weight": weight for place, weight in enumerate(filters)}
-        result |= {f"{name}.se.{key}": own[f"{name}.se.{key}"] for key in ("fc1.weight", "fc1.bias")}
-        result |= {f"{name}.se.{key}": torch.zeros_like(own[f"{name}.se.{key}"]) for key in ("fc2.weight", "fc2.bias")}
-        share = 1 / (len(convs) if psa.softmax == "scales" else convs[0].out_channels)
+        se = {key: value for key, value in own.items() if key.startswith(f"{name}.se.")}
+        result |= {key: torch.zeros_like(value) if ".fc2." in key else value for key, value in se.items()}
+        shares = {"scales": 1 / len(convs), "channels": 1 / convs[0].out_channels, "none": 1 / 2}
+        share = shares[psa.softmax] if se else 1.0
         norm = ".bn".join(name.rsplit(".conv", 1))
         if f"{norm}.running_var" in result:
             eps = modules[norm].eps

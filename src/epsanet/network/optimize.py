@@ -211,6 +211,8 @@ def _fuse_attention(rewriter: Rewriter) -> None:
     for node in rewriter.nodes(PSA):
         psa = rewriter.layer(node)
         assert isinstance(psa, PSA)
+        if not psa.standard:
+            continue  # a setting of an ablation; the module computes it itself, on the native kernels too
         convs = [conv for conv in psa.spc.branches if isinstance(conv, nn.Conv2d)]
         split, groups = psa.spc.mode == "split", [conv.groups for conv in convs]
         seen = convs[0].in_channels * (len(convs) if split else 1)

@@ -28,9 +28,12 @@ from epsanet import kernels
 __all__ = [
     "PSA",
     "SPC",
+    "FusionMode",
+    "SEMode",
     "SEWeight",
     "SPCMode",
     "SoftmaxMode",
+    "branch_attention",
     "fit_groups",
     "psa_like",
     "scale_attention",
@@ -38,7 +41,9 @@ __all__ = [
 ]
 
 SPCMode = Literal["multiplex", "split"]
-SoftmaxMode = Literal["scales", "channels"]
+SoftmaxMode = Literal["scales", "channels", "none"]
+SEMode = Literal["shared", "branches", "none"]
+FusionMode = Literal["concat", "sum"]
 
 KERNEL_SIZES = (3, 5, 7, 9)
 GROUPS = (1, 4, 8, 16)
@@ -69,12 +74,31 @@ def scale_attention(z_NSD: Tensor, softmax: SoftmaxMode = "scales") -> Tensor:
     Args:
         z_NSD: the SEWeight of each branch, shape ``N, S, D``.
         softmax: ``"scales"`` compares the same channel of all branches, as the equation says; ``"channels"``
-            compares the channels inside each branch.
+            compares the channels inside each branch; ``"none"`` leaves the sigmoid as it is.
 
     Returns:
         Attention of shape ``N, S, D`` that sums to one over the scales, or over the channels of each branch.
     """
+    if softmax == "none":
+        return z_NSD
     return z_NSD.softmax(dim=1 if softmax == "scales" else 2)
+
+
+def branch_attention(se: nn.Module | None, averages_NSD: Tensor, softmax: SoftmaxMode) -> Tensor:
+    """How much each channel of each scale counts, shape ``N, S, D``.
+
+    Args:
+        se: one ``SEWeight`` for all branches, a ``ModuleList`` of one a branch, or None: then all count 1.
+        averages_NSD: of the features over space.
+        softmax: as ``scale_attention`` takes it.
+    """
+    if se is None:
+        return torch.ones_like(averages_NSD)
+    if isinstance(se, nn.ModuleList):
+        z_NSD = torch.stack([own.excite(averages_NSD[:, place]) for place, own in enumerate(se)], dim=1)  # type: ignore
+    else:
+        z_NSD = se.excite(averages_NSD)  # type: ignore[operator]
+    return scale_attention(z_NSD, softmax)
 
 
 def fit_groups(
@@ -217,7 +241,7 @@ class PSA(nn.Module):
 
     ``F = SPC(X)``, ``Z_i = SEWeight(F_i)`` with one SEWeight for all branches, ``att = softmax(Z)`` and
     ``Y_i = F_i * att_i``; the output is the concatenation of the ``Y_i``, not their sum. It takes the place of a
-    k×k convolution of the same stride.
+    k×k convolution of the same stride. ``se`` and ``fusion`` are for ablations: the paper has their defaults.
 
     Args:
         in_channels: C.
@@ -227,12 +251,17 @@ class PSA(nn.Module):
         stride: of every branch.
         dilation: of every branch.
         spc: ``"multiplex"`` (every branch sees the whole input) or ``"split"`` (its own slice).
-        softmax: ``"scales"`` (the paper's equation 8) or ``"channels"``.
+        softmax: ``"scales"`` (the paper's equation 8), ``"channels"``, or ``"none"`` (sigmoid only).
         reduction: of the SEWeight.
+        se: ``"shared"`` by all branches, one for each of the ``"branches"``, or ``"none"``: no attention, which is
+            a pyramidal convolution (``softmax`` and ``reduction`` then say nothing).
+        fusion: ``"concat"``; with ``"sum"`` every branch makes all K channels (D = K), and they are added up.
 
     Raises:
         ValueError: for a module that cannot be built; the message names the values and the nearest that work.
     """
+
+    se: Any
 
     def __init__(
         self,
@@ -245,6 +274,8 @@ class PSA(nn.Module):
         spc: SPCMode = "multiplex",
         softmax: SoftmaxMode = "scales",
         reduction: int = REDUCTION,
+        se: SEMode = "shared",
+        fusion: FusionMode = "concat",
         *,
         device: Any = None,
         dtype: Any = None,
@@ -252,24 +283,37 @@ class PSA(nn.Module):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         _check_choice("softmax", softmax, get_args(SoftmaxMode))
-        self.softmax = softmax
-        self.spc = SPC(
-            in_channels, out_channels, kernel_sizes, groups, stride, dilation, spc, device=device, dtype=dtype
-        )
-        self.se = SEWeight(out_channels // len(kernel_sizes), reduction, device=device, dtype=dtype)
+        _check_choice("se", se, get_args(SEMode))
+        _check_choice("fusion", fusion, get_args(FusionMode))
+        self.softmax, self.fusion = softmax, fusion
+        branches = len(kernel_sizes)
+        made = out_channels * branches if fusion == "sum" else out_channels
+        self.spc = SPC(in_channels, made, kernel_sizes, groups, stride, dilation, spc, device=device, dtype=dtype)
+        weights = [
+            SEWeight(made // branches, reduction, device=device, dtype=dtype)
+            for _ in range({"shared": 1, "branches": branches, "none": 0}[se])
+        ]
+        self.se = nn.ModuleList(weights) if se == "branches" else weights[0] if weights else None
+
+    @property
+    def standard(self) -> bool:
+        """One shared SEWeight, a softmax, concatenation: what the fast paths of inference are written for."""
+        return isinstance(self.se, SEWeight) and self.softmax != "none" and self.fusion == "concat"
 
     def attention(self, feats_NSDHW: Tensor, averages_NSD: Tensor | None = None) -> Tensor:
         """How much each channel of each scale counts, shape ``N, S, D``; averages over space may be known already."""
         averages_NSD = feats_NSDHW.mean((-2, -1)) if averages_NSD is None else averages_NSD
-        return scale_attention(self.se.excite(averages_NSD), self.softmax)
+        return branch_attention(self.se, averages_NSD, self.softmax)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Shape ``N, C, H, W`` to ``N, K, H', W'``."""
         feats_NSDHW, averages_NSD = self.spc.forward_and_squeeze(x_NCHW)
-        return (feats_NSDHW * self.attention(feats_NSDHW, averages_NSD)[..., None, None]).flatten(1, 2)
+        if self.se is not None:
+            feats_NSDHW = feats_NSDHW * self.attention(feats_NSDHW, averages_NSD)[..., None, None]
+        return feats_NSDHW.flatten(1, 2) if self.fusion == "concat" else feats_NSDHW.sum(1)
 
     def extra_repr(self) -> str:
-        return f"softmax={self.softmax!r}"
+        return f"softmax={self.softmax!r}, fusion={self.fusion!r}"
 
 
 def psa_like(
@@ -279,6 +323,8 @@ def psa_like(
     spc: SPCMode = "multiplex",
     softmax: SoftmaxMode = "scales",
     reduction: int = REDUCTION,
+    se: SEMode = "shared",
+    fusion: FusionMode = "concat",
 ) -> PSA:
     """A new PSA module with the channels, stride, dilation, device and type of a convolution.
 
@@ -290,24 +336,29 @@ def psa_like(
         kernel_sizes: odd kernel of each branch.
         groups: wanted groups of each branch.
         spc: ``"multiplex"`` or ``"split"``.
-        softmax: ``"scales"`` or ``"channels"``.
+        softmax: ``"scales"``, ``"channels"`` or ``"none"``.
         reduction: of the SEWeight.
+        se: ``"shared"``, ``"branches"`` or ``"none"``.
+        fusion: ``"concat"`` or ``"sum"``.
 
     Raises:
         ValueError: when no such module can be built.
     """
     _check_groups(groups)
     wanted = [max(count, conv.groups) for count in groups]
+    made = conv.out_channels * (len(groups) if fusion == "sum" else 1)
     return PSA(
         conv.in_channels,
         conv.out_channels,
         kernel_sizes,
-        fit_groups(wanted, conv.in_channels, conv.out_channels, spc),
+        fit_groups(wanted, conv.in_channels, made, spc),
         conv.stride[0],
         conv.dilation[0],
         spc,
         softmax,
         reduction,
+        se,
+        fusion,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )

@@ -339,6 +339,7 @@ def save_released(path: str | Path, model: Any, *, data_parallel: bool = False) 
         if not plain or any(
             block.conv2.spc.mode != "multiplex"
             or block.conv2.softmax != "scales"
+            or not block.conv2.standard
             or any(branch.dilation != (1, 1) for branch in block.conv2.spc.branches)
             for block in blocks
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -13,7 +14,7 @@ from epsanet.network.detectors import create_detector
 from epsanet.network.weights import create_model
 from epsanet.study.published import PUBLISHED, PUBLISHED_DETECTORS, Published, PublishedDetector
 
-__all__ = ["Cost", "DetectorCost", "cost", "cost_table", "detector_table"]
+__all__ = ["Cost", "DetectorCost", "cost", "cost_table", "count", "detector_table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +43,28 @@ def cost(name: str) -> Cost:
         ValueError: when there is none of that name.
     """
     with torch.device("meta"):
-        model = create_model(name).eval()
-        size = tuple(model.pretrained_cfg["input_size"])
-        image = torch.empty(1, *size)
+        size = create_model(name).pretrained_cfg["input_size"][-1]
+    parameters, macs = count(name, size)
+    return Cost(name=name, input_size=size, parameters=parameters, macs=macs, published=PUBLISHED.get(name))
+
+
+def count(name: str, input_size: int, **model_args: Any) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates of convolutions, linear layers and matrix products for one image.
+
+    Args:
+        name: any network of timm.
+        input_size: height and width.
+        **model_args: of the network.
+
+    Raises:
+        ValueError: when there is none of that name, or an argument is impossible.
+    """
+    with torch.device("meta"):
+        model = create_model(name, **model_args).eval()
+        image = torch.empty(1, 3, input_size, input_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
-    return Cost(
-        name=name,
-        input_size=size[-1],
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        macs=counter.get_total_flops() // 2,
-        published=PUBLISHED.get(name),
-    )
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
 
 
 def cost_table() -> list[Cost]:

@@ -1,4 +1,4 @@
-"""Figures of the paper, to stand beside ours (tables 2 to 5; ``arXiv:2105.14447``)."""
+"""Figures of the paper (tables 2 to 5; ``arXiv:2105.14447``), and of the networks it is compared with, beside ours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from epsanet.network.detector_config import Architecture
 
-__all__ = ["PUBLISHED", "PUBLISHED_DETECTORS", "Published", "PublishedDetector"]
+__all__ = [
+    "PUBLISHED",
+    "PUBLISHED_DETECTORS",
+    "PUBLISHED_RIVALS",
+    "Published",
+    "PublishedDetector",
+    "PublishedRival",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +70,61 @@ PUBLISHED_DETECTORS: dict[tuple[Architecture, str], PublishedDetector] = {
     ("retinanet", "epsanet50_large"): PublishedDetector(parameters=40.07, box_ap=39.6, box_ap50=59.4, box_ap75=42.3),
 }
 """By architecture and backbone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRival:
+    """What another paper or its release says of a network on ImageNet; None where it could not be looked up."""
+
+    parameters: float | None = None
+    """Millions."""
+    gmacs: float | None = None
+    """10⁹ multiply-accumulates at 224×224, as its authors count."""
+    top1: float | None = None
+    """Percent, by the training of its authors."""
+    source: str
+    """Where the figures were read."""
+    why: str = ""
+    """Why ours differ, where they do."""
+
+
+_ECA = (
+    "it counts 24.37 M for ResNet-50, which torchvision and timm have with 25.56 M; the layers add 86 weights in both"
+)
+_MACS = "their count includes more than convolutions and linear layers"
+_NONLOCAL = "of the placement that BAT's release uses; the paper gives no cost on ImageNet"
+_TIMM_SE = "timm's two maps have biases, 16,048 at depth 50"
+
+PUBLISHED_RIVALS: dict[str, PublishedRival] = {
+    "resnet50": PublishedRival(parameters=25.56, gmacs=4.09, top1=76.13, source="torchvision, ResNet50_Weights"),
+    "resnet101": PublishedRival(parameters=44.55, gmacs=7.80, top1=77.37, source="torchvision, ResNet101_Weights"),
+    "seresnet50": PublishedRival(top1=76.71, source="EPSANet's paper, as 1.93 below its own", why=_TIMM_SE),
+    "ecaresnet50": PublishedRival(
+        parameters=24.37, gmacs=3.86, top1=77.48, source="github.com/BangguWu/ECANet", why=_ECA
+    ),
+    "ecaresnet101": PublishedRival(
+        parameters=42.49, gmacs=7.35, top1=78.65, source="github.com/BangguWu/ECANet", why=_ECA
+    ),
+    "skresnext50_32x4d": PublishedRival(
+        parameters=27.5, gmacs=4.47, top1=79.21, source="github.com/implus/SKNet", why=_MACS
+    ),
+    "skresnext101_32x4d": PublishedRival(
+        parameters=48.9, gmacs=8.46, top1=79.81, source="github.com/implus/SKNet", why="unknown: depth 50 agrees"
+    ),
+    "nlresnet50": PublishedRival(source="arXiv:1711.07971", why=_NONLOCAL),
+    "nlresnet101": PublishedRival(source="arXiv:1711.07971", why=_NONLOCAL),
+    "batresnet50": PublishedRival(
+        parameters=30.2, gmacs=5.4, top1=78.3, source="github.com/BA-Transform/BAT-Image-Classification"
+    ),
+    "batresnet101": PublishedRival(
+        parameters=49.2, gmacs=9.2, top1=79.1, source="github.com/BA-Transform/BAT-Image-Classification", why=_MACS
+    ),
+    "resnest50d": PublishedRival(
+        parameters=27.5, gmacs=5.39, top1=81.03, source="github.com/zhanghang1989/ResNeSt, PaddleClas", why=_MACS
+    ),
+    "fcanet50": PublishedRival(parameters=28.07, top1=78.52, source="arXiv:2012.11879, github.com/cfzd/FcaNet"),
+    "fcanet101": PublishedRival(top1=79.64, source="github.com/cfzd/FcaNet"),
+    "pyconvresnet50": PublishedRival(top1=77.88, source="github.com/iduta/pyconv"),
+    "pyconvresnet101": PublishedRival(top1=79.01, source="github.com/iduta/pyconv"),
+}
+"""By timm's name. A network that is not here has no figure that could be read in a source."""

@@ -176,20 +176,26 @@ def recipe_path(name: str) -> Path:
     raise ValueError(f"there is no recipe {name!r}: shipped are {', '.join(recipe_names())}, or name a YAML file")
 
 
-def train_parser() -> ArgumentParser:
-    """The parser of a training run: one flag for every field, and ``--config`` for a YAML file."""
+def train_parser(*, skip: set[str] | None = None, resume: bool = True) -> ArgumentParser:
+    """The parser of a training run: one flag for every field, and ``--config`` for a YAML file.
+
+    Args:
+        skip: fields that have no flag.
+        resume: whether there is ``--resume``.
+    """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of the flags below, the same as naming it RECIPE")
-    parser.add_argument(
-        "--resume",
-        type=str | None,
-        default=None,
-        help="Run folder to go on from, in the same folder; auto: go on in --output if a run is there, else start it.",
-    )
-    parser.add_class_arguments(TrainConfig)
+    if resume:
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="Run folder to go on from, in the same folder; auto: go on in --output if a run is there, else start.",
+        )
+    parser.add_class_arguments(TrainConfig, skip=set(skip or ()))
     return parser
 
 

@@ -97,6 +97,7 @@ def _data_flags(data: DataConfig) -> str:
         "val_split",
         "test_split",
         "val_fraction",
+        "train_fraction",
         "streaming",
         "image_key",
         "label_key",

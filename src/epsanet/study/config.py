@@ -1,0 +1,80 @@
+"""A study as data: which networks, how often, under which recipe. Importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from epsanet.tasks.config import TrainConfig, train_parser
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["CompareConfig", "StudyConfig", "study_parser", "study_recipe_names", "study_recipe_path"]
+
+
+@dataclass(kw_only=True)
+class StudyConfig:
+    """What the runs of a study have in common besides how they are trained."""
+
+    networks: list[str] = field(default_factory=list)
+    """Names of the rows; all of them when left out."""
+    seeds: int = 5
+    """Runs of each network. Run n of every network has the same data order and augmentation."""
+    match: Literal["none", "parameters", "macs"] = "parameters"
+    """Give all networks the reference's number of parameters or multiply-accumulates, by other widths of their
+    stages; none: the widths as they are."""
+    at_once: int = 1
+    """Runs at a time, each in a process with its share of the cores."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "at_once"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is impossible; use 1 or more")
+        if len(set(self.networks)) < len(self.networks):
+            raise ValueError(f"networks={self.networks} names a network twice; name each once")
+
+
+@dataclass(kw_only=True)
+class CompareConfig(StudyConfig):
+    """A comparison of networks."""
+
+    size: Literal["tiny", "50", "101"] = "tiny"
+    """Small-image form, or depth."""
+    reference: str = "epsanet"
+    """The network that all others are matched to and tested against."""
+
+
+def study_recipe_names() -> list[str]:
+    """The study recipes that are shipped."""
+    folder = files("epsanet") / "study" / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def study_recipe_path(name: str) -> Path:
+    """Path of a shipped study recipe, or of the user's own file.
+
+    Raises:
+        ValueError: when there is neither.
+    """
+    if name in study_recipe_names():
+        return Path(str(files("epsanet") / "study" / "recipes" / f"{name}.yaml"))
+    if Path(name).is_file():
+        return Path(name)
+    raise ValueError(f"there is no study {name!r}: shipped are {', '.join(study_recipe_names())}, or name a YAML file")
+
+
+def study_parser(kind: type[StudyConfig]) -> ArgumentParser:
+    """The flags of a study: its own, and those of ``epsanet train`` but for ``--seed`` and ``--resume``."""
+    parser = train_parser(skip={"seed"}, resume=False)
+    parser.add_class_arguments(kind)
+    return parser
+
+
+def split_values(values: dict[str, object], kind: type[StudyConfig]) -> tuple[StudyConfig, TrainConfig]:
+    """The parsed flags as the two configurations."""
+    own = {name: values[name] for name in kind.__dataclass_fields__}
+    rest = {name: value for name, value in values.items() if name not in own and name != "config"}
+    return kind(**own), TrainConfig(**rest)  # type: ignore[arg-type]

@@ -1,0 +1,190 @@
+"""The rows of a study: networks of a comparison, settings of an ablation, at equal cost where that is wanted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from epsanet.network.rivals import RIVALS
+from epsanet.network.weights import create_model
+from epsanet.study.config import CompareConfig, StudyConfig
+from epsanet.study.cost import count
+
+__all__ = ["ABLATION", "ABLATION_PAIRS", "ABLATION_REFERENCE", "Row", "ablation_rows", "compare_rows", "match_widths"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One network of a study; it is trained once a seed."""
+
+    name: str
+    """Names its run folders."""
+    title: str
+    """For tables."""
+    model: str
+    """timm's name."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Of the network."""
+    width_multiple: int = 8
+    """Widths of stages may be a multiple of this."""
+
+
+ABLATION_REFERENCE = "paper"
+"""The row that all others of an ablation are matched to and tested against."""
+
+# With three kernels the last has half of the channels, as in PyConvResNet: two branches of a quarter.
+_SINGLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "paper": ("kernels 3-5-7-9, groups 1-4-8-16, multiplex, shared SEWeight, softmax across scales, concatenation", {}),
+    "groups_2_4_8_16": ("groups 2-4-8-16", {"groups": [2, 4, 8, 16]}),
+    "groups_4_8_16_16": ("groups 4-8-16-16", {"groups": [4, 8, 16, 16]}),
+    "groups_16_16_16_16": ("groups 16-16-16-16", {"groups": [16, 16, 16, 16]}),
+    "groups_1_1_1_1": ("groups 1-1-1-1", {"groups": [1, 1, 1, 1]}),
+    "kernels_3_3_3_3": ("kernels 3-3-3-3", {"kernel_sizes": [3, 3, 3, 3]}),
+    "kernels_3_5": ("kernels 3-5, groups 1-4", {"kernel_sizes": [3, 5], "groups": [1, 4]}),
+    "kernels_3_5_7": ("kernels 3-5-7 (7 twice), groups 1-4-8", {"kernel_sizes": [3, 5, 7, 7], "groups": [1, 4, 8, 8]}),
+    "kernels_9_7_5_3": ("kernels 9-7-5-3, groups 1-4-8-16", {"kernel_sizes": [9, 7, 5, 3]}),
+    "split": ("split", {"spc": "split"}),
+    "se_branches": ("a SEWeight for each branch", {"se": "branches"}),
+    "se_none": ("no attention (pyramidal convolution)", {"se": "none"}),
+    "softmax_channels": ("softmax within channels", {"softmax": "channels"}),
+    "softmax_none": ("no softmax, sigmoid only", {"softmax": "none"}),
+    "fusion_sum": ("sum instead of concatenation", {"fusion": "sum"}),
+}
+ABLATION_PAIRS: dict[str, tuple[str, str]] = {
+    "split+se_none": ("split", "se_none"),
+    "split+softmax_channels": ("split", "softmax_channels"),
+    "se_branches+softmax_channels": ("se_branches", "softmax_channels"),
+    "kernels_3_3_3_3+groups_1_1_1_1": ("kernels_3_3_3_3", "groups_1_1_1_1"),
+}
+"""Settings that are changed together, because one may matter only with the other."""
+ABLATION: dict[str, tuple[str, dict[str, Any]]] = _SINGLE | {
+    name: (f"{_SINGLE[one][0]}; {_SINGLE[other][0]}", _SINGLE[one][1] | _SINGLE[other][1])
+    for name, (one, other) in ABLATION_PAIRS.items()
+}
+"""Title and ``block_args`` by name: one factor at a time, then the pairs."""
+
+
+def compare_rows(config: CompareConfig, model_args: dict[str, Any], num_classes: int, input_size: int) -> list[Row]:
+    """The networks of a comparison, the reference first.
+
+    Args:
+        config: which, and whether at equal cost.
+        model_args: of all networks, for example ``layers`` and ``channels``.
+        num_classes: outputs.
+        input_size: height and width, at which multiply-accumulates are counted.
+
+    Raises:
+        ValueError: for an unknown network, or one that cannot be matched.
+    """
+    names = config.networks or list(RIVALS)
+    rows = [_rival(name, config.size, model_args) for name in dict.fromkeys((config.reference, *names))]
+    return _matched(rows, config.match, num_classes, input_size)
+
+
+def ablation_rows(
+    config: StudyConfig, model: str, model_args: dict[str, Any], num_classes: int, input_size: int
+) -> list[Row]:
+    """The settings of an ablation over a network, the paper's first.
+
+    Args:
+        config: which, and whether at equal cost.
+        model: an EPSANet.
+        model_args: of all rows; its ``block_args`` go below those of the ablation.
+        num_classes: outputs.
+        input_size: height and width, at which multiply-accumulates are counted.
+
+    Raises:
+        ValueError: for an unknown setting, or a network without PSA modules.
+    """
+    if not model.startswith("epsanet"):
+        raise ValueError(f"--model {model} has no PSA modules; an ablation is of an EPSANet, such as epsanet14_tiny")
+    rows = []
+    for name in dict.fromkeys((ABLATION_REFERENCE, *(config.networks or ABLATION))):
+        if name not in ABLATION:
+            raise ValueError(f"there is no setting {name!r} of the ablation; there are {', '.join(ABLATION)}")
+        title, block_args = ABLATION[name]
+        merged = {**model_args, "block_args": {**model_args.get("block_args", {}), **block_args}}
+        rows.append(Row(name=name, title=title, model=model, model_args=merged, width_multiple=16))
+    return _matched(rows, config.match, num_classes, input_size)
+
+
+def _rival(name: str, size: Any, model_args: dict[str, Any]) -> Row:
+    if name not in RIVALS:
+        raise ValueError(f"there is no network {name!r} in the comparison; there are {', '.join(RIVALS)}")
+    rival = RIVALS[name]
+    block_args = {**model_args.get("block_args", {}), **rival.model_args.get("block_args", {})}
+    merged = {**model_args, **rival.model_args, **({"block_args": block_args} if block_args else {})}
+    return Row(
+        name=name,
+        title=rival.title,
+        model=rival.models[size],
+        model_args=merged,
+        width_multiple=rival.width_multiple,
+    )
+
+
+def _matched(
+    rows: list[Row], match: Literal["none", "parameters", "macs"], num_classes: int, input_size: int
+) -> list[Row]:
+    if match == "none":
+        return rows
+    target = _count(rows[0], match, num_classes, input_size)
+    return [rows[0], *(match_widths(row, target, match, num_classes, input_size) for row in rows[1:])]
+
+
+def _count(row: Row, by: Literal["parameters", "macs"], num_classes: int, input_size: int) -> int:
+    if by == "macs":
+        return count(row.model, input_size, num_classes=num_classes, **row.model_args)[1]
+    with torch.device("meta"):
+        model = create_model(row.model, num_classes=num_classes, **row.model_args)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def match_widths(row: Row, target: int, by: Literal["parameters", "macs"], num_classes: int, input_size: int) -> Row:
+    """The row with the widths of its stages changed so that it costs as nearly ``target`` as their multiples allow.
+
+    All widths are scaled by one factor; each is then rounded up or down, whichever mixture comes nearest.
+
+    Args:
+        row: a network with the argument ``channels``; it stays as it is where nothing comes nearer.
+        target: parameters or multiply-accumulates.
+        by: which of the two.
+        num_classes: outputs.
+        input_size: height and width.
+
+    Raises:
+        ValueError: for a network without stages of a width.
+    """
+    with torch.device("meta"):
+        model = create_model(row.model, num_classes=num_classes, **row.model_args)
+    stages = getattr(model, "stages", None)
+    if stages is None:
+        raise ValueError(f"the widths of {row.model} cannot be changed for equal cost; use --match none")
+    widths = tuple(info["num_chs"] // 4 for info in model.feature_info[1:])
+
+    def wider(channels: Iterable[int]) -> Row:
+        return replace(row, model_args={**row.model_args, "channels": list(channels)})
+
+    def cost(channels: Iterable[int]) -> int:
+        return _count(wider(channels), by, num_classes, input_size)
+
+    low, high = 1 / 4, 4.0
+    for _ in range(8):  # the factor to a hundredth
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if cost(_rounded(widths, middle, row.width_multiple)) > target else (middle, high)
+    multiple = row.width_multiple
+    choices = [
+        sorted({max(1, rounding(width * low / multiple)) * multiple for rounding in (math.floor, math.ceil)})
+        for width in widths
+    ]
+    candidates = [widths, *itertools.product(*choices)]
+    return wider(min(candidates, key=lambda channels: abs(math.log(cost(channels) / target))))
+
+
+def _rounded(widths: tuple[int, ...], factor: float, multiple: int) -> tuple[int, ...]:
+    return tuple(max(1, round(width * factor / multiple)) * multiple for width in widths)
