@@ -18,6 +18,7 @@ COMMANDS = {
     "shard": "pack an image folder into WebDataset shards",
     "export": "a network for ONNX Runtime, OpenVINO or torch.export, checked on real images",
     "explain": "what a network looks at in images: Grad-CAM, and the scale each block listens to",
+    "serve": "a page in the browser: drop a picture, see what networks make of it",
     "models": "the networks, their cost, the published figures beside, and the weights in this package",
     "convert": "released checkpoint to model folder, or back",
     "publish": "a model folder to the Hugging Face Hub",
