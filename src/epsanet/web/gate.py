@@ -28,7 +28,7 @@ _GET = re.compile(
     rf"|{_API}/(theme\.css|info/?|app_id|startup-events|upload_progress|queue/(data|status)|heartbeat/\w+"
     r"|call/\w+/\w+|file=.+)"
 )
-_POST = re.compile(rf"{_API}/(upload|queue/join|cancel|reset/?|call/\w+)/?")
+_POST = re.compile(rf"{_API}/(upload|queue/join|cancel|reset|call/\w+|run/predict)/?")
 _SERVED = (".png", ".jpg", ".jpeg", ".webp")
 _MAX_JSON = 64 * 2**10
 _MAX_FORM = MAX_BYTES + 64 * 2**10

@@ -92,13 +92,13 @@ def build_page(models: dict[str, ServedModel], examples: Sequence[Path], room: R
         image.change(
             page.show, given, shown, api_visibility="private", trigger_mode="always_last", concurrency_id=_NETWORK
         )
-        score.release(
+        score.change(
             page.show, given, shown, api_visibility="private", trigger_mode="always_last", concurrency_id=_NETWORK
         )
         chosen = model.change(page.choose, model, [about, score], api_visibility="private", concurrency_limit=None)
         chosen.then(page.show, given, shown, api_visibility="private", concurrency_id=_NETWORK)
         _add_api(page, image, model, score)
-    blocks.queue(max_size=QUEUED, default_concurrency_limit=1)
+    blocks.queue(max_size=QUEUED, default_concurrency_limit=1, api_open=False)
     return blocks
 
 
@@ -232,7 +232,7 @@ class _Page:
             raise _refused(error) from error
         return [
             {
-                "block": module.name,
+                "block": module.name.removesuffix(".conv2"),
                 "kernel_sizes": list(module.kernel_sizes),
                 "attention": module.attention_NS[0].tolist(),
                 "energy": module.contribution_NS[0].tolist(),

@@ -7,7 +7,8 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ def serve(
     """
     require("gradio", "web")
     require("captum", "insight")
-    with _listening(host, port) as listener, tempfile.TemporaryDirectory(prefix="epsanet-serve-") as folder:
-        signal.signal(signal.SIGTERM, _end)
+    with (
+        _listening(host, port) as listener,
+        _ended_by_sigterm(),
+        tempfile.TemporaryDirectory(prefix="epsanet-serve-") as folder,
+    ):
         os.environ |= {"GRADIO_TEMP_DIR": str(Path(folder).resolve() / "files"), "GRADIO_ANALYTICS_ENABLED": "False"}
         app, names = _application(list(models) or list(shipped_folders()), Path(folder).resolve(), host, examples)
         address = f"[{host}]" if ":" in host else host
@@ -54,8 +58,18 @@ def serve(
         _run(app, listener)
 
 
-def _end(*_: object) -> None:
-    raise SystemExit(_TERMINATED)
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that it can clean up."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(_TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _listening(host: str, port: int) -> socket.socket:

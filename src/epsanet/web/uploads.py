@@ -75,7 +75,7 @@ class Room:
 
     def admit(self, size: int) -> bool:
         """Whether there is room for so many bytes; old files make way."""
-        if self._used + size > self.most:
+        if size <= self.most < self._used + size:
             self.sweep(size)
         if self._used + size > self.most:
             return False
