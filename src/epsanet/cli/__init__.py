@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "a network for ONNX Runtime, OpenVINO or torch.export, checked on real images",
     "explain": "what a network looks at in images: Grad-CAM, and the scale each block listens to",
     "study": "the paper's experiments: cost tables, comparison, ablation, their report",
+    "serve": "a page in the browser: drop a picture, see what networks make of it",
     "models": "the networks, their cost, the published figures beside, and the weights in this package",
     "convert": "released checkpoint to model folder, or back",
     "publish": "a model folder to the Hugging Face Hub",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from epsanet.cli.flags import EXIT_USER, MODEL_HELP, describe_data
+from epsanet.cli.flags import EXIT_USER, MODEL_HELP, describe_data, names_first
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -30,20 +30,7 @@ def parser() -> ArgumentParser:
     return describe_data(parser)
 
 
-def arrange(words: list[str]) -> list[str]:
-    """Model and images before the flags: argparse takes no images after a flag where there may be none at all.
-
-    Every flag here but ``--help`` has a value.
-    """
-    names, flags, waiting = [], [], iter(words)
-    for word in waiting:
-        if not word.startswith("-"):
-            names.append(word)
-            continue
-        flags.append(word)
-        if "=" not in word and word not in ("-h", "--help"):
-            flags.extend(value for value in [next(waiting, None)] if value is not None)
-    return names + flags
+arrange = names_first
 
 
 def run(values: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["EXIT_INTERRUPTED", "EXIT_USER", "MODEL_HELP", "describe_data"]
+__all__ = ["EXIT_INTERRUPTED", "EXIT_USER", "MODEL_HELP", "describe_data", "names_first"]
 
 EXIT_USER, EXIT_INTERRUPTED = 2, 130
 MODEL_HELP = "Model or run folder, checkpoint, hf-hub:USER/NAME, or name in timm."
@@ -19,3 +19,19 @@ def describe_data(parser: ArgumentParser) -> ArgumentParser:
         if "--data" in action.option_strings:
             action.metavar, action.help = "SOURCE", "Short for --data.source."
     return parser
+
+
+def names_first(words: list[str]) -> list[str]:
+    """Names before the flags: argparse takes none after a flag where there may be none at all.
+
+    Every flag but ``--help`` has a value.
+    """
+    names, flags, waiting = [], [], iter(words)
+    for word in waiting:
+        if not word.startswith("-"):
+            names.append(word)
+            continue
+        flags.append(word)
+        if "=" not in word and word not in ("-h", "--help"):
+            flags.extend(value for value in [next(waiting, None)] if value is not None)
+    return names + flags

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from PIL import Image
 
 from epsanet._files import atomic_file
 from epsanet.insight.scales import ModuleScales, ScalePreference
 
-__all__ = ["save_explanation", "save_preferences", "write_preferences"]
+__all__ = ["cam_overlay", "save_explanation", "save_preferences", "share_norm", "write_preferences"]
 
 _SCALE_MAPS = 4
 """Modules whose maps are shown, spread over the depth of the network."""
+_OPACITY = 0.55
+"""Of Grad-CAM over the picture."""
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -25,19 +29,42 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def _share_heat_map(axes: Any, shares: np.ndarray, modules: Sequence[ModuleScales], title: str) -> None:
-    """Modules down, scales across; white is an equal share, and the colours reach as far as the shares do."""
+def share_norm(shares: np.ndarray) -> TwoSlopeNorm:
+    """Shares to places on a map of colours whose middle is an equal share, as far to both sides as the shares reach.
+
+    Args:
+        shares: of scales, shape ``B, S``; each row sums to one.
+    """
     equal = 1 / shares.shape[1]
     reach = max(float(np.abs(shares - equal).max()), 0.005)
-    picture = axes.imshow(
-        shares, cmap="RdBu_r", norm=TwoSlopeNorm(equal, max(0, equal - reach), equal + reach), aspect="auto"
-    )
+    return TwoSlopeNorm(equal, max(0, equal - reach), equal + reach)
+
+
+def cam_overlay(picture: np.ndarray, cam: np.ndarray, side: int = 448) -> Image.Image:
+    """Grad-CAM in colours over the picture in grey, enlarged to so many pixels at least.
+
+    Args:
+        picture: what the network saw, shape ``H, W, 3``, from 0 to 1.
+        cam: shape ``H, W``, from 0 to 1.
+        side: of the shorter side in pixels.
+    """
+    factor = max(1, -(-side // min(cam.shape)))
+    size = (factor * cam.shape[1], factor * cam.shape[0])
+    grey = Image.fromarray((255 * picture.mean(2)).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    colours = Image.fromarray((255 * colormaps["inferno"](cam)[..., :3]).astype(np.uint8))
+    return Image.blend(grey.convert("RGB"), colours.resize(size, Image.Resampling.BILINEAR), _OPACITY)
+
+
+def _share_heat_map(axes: Any, shares: np.ndarray, modules: Sequence[ModuleScales], title: str) -> None:
+    """Modules down, scales across; white is an equal share, and the colours reach as far as the shares do."""
+    norm = share_norm(shares)
+    picture = axes.imshow(shares, cmap="RdBu_r", norm=norm, aspect="auto")
     axes.set_xticks(range(shares.shape[1]), [f"{size}×{size}" for size in modules[0].kernel_sizes])
     axes.set_yticks(range(len(modules)), [module.name.removesuffix(".conv2") for module in modules], fontsize=7)
     axes.set_title(title, fontsize=9)
     if len(modules) <= 20:
         for (row, column), share in np.ndenumerate(shares):
-            dark = abs(share - equal) > 0.6 * reach
+            dark = abs(norm(share) - 0.5) > 0.3
             axes.text(column, row, f"{share:.1%}", ha="center", va="center", fontsize=6.5, color="wk"[not dark])
     axes.figure.colorbar(picture, ax=axes, format=lambda value, _: f"{value:.0%}", fraction=0.05)
 
@@ -71,7 +98,7 @@ def save_explanation(
     image_axes.imshow(picture, interpolation="nearest")
     image_axes.set_title("what the network sees", fontsize=9)
     cam_axes.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    overlay = cam_axes.imshow(cam, cmap="inferno", alpha=0.55, vmin=0, vmax=1)
+    overlay = cam_axes.imshow(cam, cmap="inferno", alpha=_OPACITY, vmin=0, vmax=1)
     figure.colorbar(overlay, ax=cam_axes, fraction=0.05, label="evidence, largest = 1")
     cam_axes.set_title(f"where it sees {_short(names[0])} (Grad-CAM, {layer})", fontsize=9)
     for axes in (image_axes, cam_axes):

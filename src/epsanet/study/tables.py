@@ -77,7 +77,7 @@ def imagenet_costs() -> Table:
     rows = []
     for size in ("50", "101"):
         for key, rival in RIVALS.items():
-            name = rival.models[size]  # type: ignore[index]
+            name = rival.models[size]
             if rival.model_args:
                 parameters, macs = count(name, 224, **rival.model_args)
                 rows.append(_cost_row(f"{name}, split", parameters, macs, None, None, None, "no published figure"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.predict import find_images
 from epsanet.tasks.tables import Table, write_table
 
-__all__ = ["Detections", "detect", "draw_detections", "write_detections"]
+__all__ = ["Detections", "detect", "draw", "draw_detections", "write_detections"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,14 @@ class Detections:
     """All classes of the detector."""
     error: str = ""
     """Why the image could not be read."""
+
+    def at_least(self, score: float) -> Detections:
+        """Those of this score or more."""
+        count = sum(value >= score for value in self.scores)  # they fall
+        masks = None if self.masks is None else self.masks[:count]
+        return replace(
+            self, classes=self.classes[:count], scores=self.scores[:count], boxes=self.boxes[:count], masks=masks
+        )
 
 
 class _Files(Dataset[tuple[Tensor | None, str, str]]):
@@ -161,11 +169,13 @@ def draw_detections(folder: str | Path, rows: Iterable[Detections]) -> Iterator[
             while (name := stem if number == 1 else f"{stem}-{number}") in taken:
                 number += 1
             taken.add(name)
-            _draw(Path(folder) / f"{name}.png", row)
+            with atomic_file(Path(folder) / f"{name}.png") as temporary:
+                draw(row).save(temporary, "PNG")
         yield row
 
 
-def _draw(path: Path, row: Detections) -> None:
+def draw(row: Detections) -> Image.Image:
+    """The image of a row, with boxes, masks, names and scores; a small one is enlarged."""
     objects = {
         "boxes": torch.tensor(row.boxes, dtype=torch.float32).reshape(-1, 4),
         "scores": torch.tensor(row.scores),
@@ -174,8 +184,7 @@ def _draw(path: Path, row: Detections) -> None:
     if row.masks:
         objects["masks"] = torch.from_numpy(np.stack([read_rle(mask, row.height, row.width) for mask in row.masks]))
     picture = drawn(_as_tensor(row.image), objects, row.class_names)
-    with atomic_file(path) as temporary:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
 
 def write_detections(path: str | Path, rows: Iterable[Detections]) -> Iterator[Detections]:

@@ -1,0 +1,1 @@
+"""The page: pictures in, what a network makes of them out. Built on Gradio; the extra is ``web``."""

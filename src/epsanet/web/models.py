@@ -1,0 +1,125 @@
+"""The networks behind the page, one call at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from epsanet.data.images import ImageError, read_image
+from epsanet.data.loaders import evaluation_transform
+from epsanet.insight.explain import Explanation, explain
+from epsanet.network.bundle import RuntimeNetwork
+from epsanet.network.detectors import load_detector
+from epsanet.network.model_folder import is_detector
+from epsanet.network.weights import load_model
+from epsanet.tasks.detection.predict import Detections, detect
+from epsanet.tasks.inference import inference_network
+from epsanet.tasks.scores import probabilities
+
+__all__ = ["ServedClassifier", "ServedDetector", "ServedModel", "open_models"]
+
+_LEAST_SCORE = 0.05
+_KEPT = 32
+"""Pictures whose objects are remembered, so that the slider answers at once."""
+_TURN = threading.Lock()
+"""Recording hooks and the threads of torch both want one picture at a time."""
+
+
+class ServedClassifier:
+    """A classifier, and what it looks at.
+
+    Args:
+        name: that visitors see.
+        source: whatever ``load_model`` takes.
+    """
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name, self._loaded = name, load_model(source)
+        self.class_names = self._loaded.class_names
+        self.explains = not isinstance(self._loaded.model, RuntimeNetwork)
+        """Whether Grad-CAM and scales can be had; an exported bundle hides its layers."""
+        size = self._loaded.data_config["input_size"]
+        self._transform = evaluation_transform(self._loaded.data_config)
+        self._network = inference_network(self._loaded.model.eval(), size, torch.device("cpu"))
+        self.description = f"{self._loaded.architecture}: {len(self.class_names)} classes, {size[2]}×{size[1]} pixels"
+
+    def classify(self, path: Path) -> list[tuple[str, float]]:
+        """Names and probabilities of all classes, the most probable first."""
+        x = self._transform(read_image(path))[None]
+        with _TURN, torch.inference_mode():
+            best = probabilities(self._network(x)).sort(descending=True)
+        names = [self.class_names[index] for index in best.indices[0].tolist()]
+        return list(zip(names, best.values[0].tolist(), strict=True))
+
+    def explain(self, path: Path) -> Explanation | None:
+        """Grad-CAM and scales; none for a network without layers to look at."""
+        if not self.explains:
+            return None
+        with _TURN:
+            try:
+                (found,) = explain(self._loaded, [path], topk=1)
+            except ValueError:  # timm does not know the stages of every network
+                self.explains = False
+                return None
+        if found.error:
+            raise ImageError(found.error)
+        return found
+
+
+class ServedDetector:
+    """A detector.
+
+    Args:
+        name: that visitors see.
+        source: a model or run folder.
+    """
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name, self._loaded = name, load_detector(source)
+        self.class_names = self._loaded.class_names
+        config = self._loaded.model.config
+        self.description = (
+            f"{config.architecture} on {self._loaded.model.backbone_name}: {len(self.class_names)} classes"
+        )
+        self._detect = lru_cache(_KEPT)(self._detected)
+
+    def detect(self, path: Path, score: float) -> Detections:
+        """What is found with this score or more."""
+        with _TURN:
+            return self._detect(path).at_least(score)
+
+    def _detected(self, path: Path) -> Detections:
+        (found,) = detect(self._loaded, [path], score_thresh=_LEAST_SCORE, device="cpu")
+        if found.error:
+            raise ImageError(found.error)
+        return found
+
+
+ServedModel = ServedClassifier | ServedDetector
+
+
+def open_models(sources: Sequence[str]) -> dict[str, ServedModel]:
+    """Models by the name that visitors see: the folder's, without where it is; numbered where two are alike.
+
+    Args:
+        sources: whatever ``load_model`` and ``load_detector`` take.
+
+    Raises:
+        ValueError: for one that is not there or is damaged.
+    """
+    models: dict[str, ServedModel] = {}
+    for source in sources:
+        path = Path(source)
+        stem = name = (
+            (path.resolve().parent if path.name == "model" else path.resolve()).name if path.exists() else source
+        )
+        number = 1
+        while name in models:
+            number += 1
+            name = f"{stem}-{number}"
+        models[name] = ServedDetector(name, source) if is_detector(source) else ServedClassifier(name, source)
+    return models

@@ -1,0 +1,136 @@
+"""What strangers may send, and how much of it is kept."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from epsanet.data.images import ImageError
+from epsanet.web.uploads import MAX_BYTES, Room, check_upload
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
+
+
+def encoded(kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, kind, **options)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def animation(kind: str) -> bytes:
+    return encoded(kind, save_all=True, append_images=[Image.fromarray(255 - PIXELS)])
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A header that promises more than any memory holds."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("name", ["picture.png", "picture.exe"])
+def test_a_picture_is_known_by_its_content(kind: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(encoded(kind))
+    check_upload(tmp_path / name)
+
+
+def test_a_telephones_jpeg_with_a_second_picture_behind_it_is_a_still_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(animation("MPO"))
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert (image.format, image.n_frames) == ("MPO", 2)
+    check_upload(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no JPEG, PNG or WebP"),
+        (b"no picture", "no JPEG, PNG or WebP"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no JPEG, PNG or WebP"),
+        (encoded("GIF"), "no JPEG, PNG or WebP"),
+        (encoded("BMP"), "no JPEG, PNG or WebP"),
+        (encoded("TIFF"), "no JPEG, PNG or WebP"),
+        (encoded("EPS"), "no JPEG, PNG or WebP"),
+        (encoded("PNG")[:-200], "damaged"),
+        (encoded("JPEG")[:-300], "damaged"),
+        (encoded("WEBP")[:40], "no JPEG, PNG or WebP"),
+        (animation("WEBP"), "an animation of 2 frames"),
+        (animation("PNG"), "an animation of 2 frames"),
+        (huge_png(9000, 9000), "9000×9000 pixels"),
+        (huge_png(2**20, 2**20), "more than 64,000,000 pixels"),
+        (b"\0" * (MAX_BYTES + 1), "larger than 20 MB"),
+    ],
+    ids=range(15),
+)
+def test_anything_else_is_refused_with_a_reason(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ImageError, match=message):
+        check_upload(tmp_path / "a.png")
+
+
+def aged(path: Path, seconds: float, size: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that looks so old; only the clock can be turned, not the time of a file's last change."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x" * size)
+    look = Path.lstat
+
+    def lstat(file: Path) -> os.stat_result:
+        values = list(look(file))
+        values[9] -= seconds if file == path else 0
+        return os.stat_result(values)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    return path
+
+
+def test_old_files_go_and_young_and_permanent_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = Room(tmp_path, most=1000)
+    old = aged(tmp_path / "a" / "old", 700, 10, monkeypatch)
+    young = aged(tmp_path / "b" / "young", 500, 10, monkeypatch)
+    page = aged(tmp_path / "c" / "page", 10_000, 10, monkeypatch)
+    room.permanent = {str(page)}
+    room.sweep()
+    assert (old.exists(), young.exists(), page.exists()) == (False, True, True)
+    assert not old.parent.exists()
+
+
+def test_the_oldest_makes_way_where_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = Room(tmp_path, most=1000)
+    first = aged(tmp_path / "a" / "first", 300, 400, monkeypatch)
+    second = aged(tmp_path / "b" / "second", 200, 400, monkeypatch)
+    room.sweep()
+    assert room.admit(100)
+    assert first.exists()
+    assert not room.admit(1001), "nothing makes way for what would not fit even then"
+    assert room.admit(150), "200 are free, of which 100 were promised and never came"
+    assert room.admit(400)
+    assert (first.exists(), second.exists()) == (False, True)
+
+
+def test_a_file_that_was_just_sent_never_makes_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = Room(tmp_path, most=1000)
+    fresh = aged(tmp_path / "a" / "fresh", 30, 900, monkeypatch)
+    room.sweep()
+    assert not room.admit(200)
+    assert fresh.exists()
+
+
+def test_a_room_holds_what_is_inside_it_and_nothing_that_a_link_leads_out_to(tmp_path: Path) -> None:
+    room = Room(tmp_path / "room")
+    room.folder.mkdir()
+    (tmp_path / "secret.png").write_text("secret")
+    (room.folder / "mine.png").write_text("mine")
+    (room.folder / "link.png").symlink_to(tmp_path / "secret.png")
+    assert room.holds(str(room.folder / "mine.png"))
+    for outside in ("../secret.png", "link.png", "", "mine.png\0", "/etc/passwd"):
+        assert not room.holds(str(room.folder / outside) if not outside.startswith("/") else outside), outside
+    assert not room.holds("mine.png")
