@@ -28,8 +28,9 @@ SIZE = 128
 _IMAGES = {"train": 1600, "val": 120, "test": 400}
 _SIDES = (18, 60)
 """Smallest and largest side of a digit, before it is turned."""
-_VISIBLE = 0.5
-"""A digit keeps at least this share of its pixels when others are laid over it."""
+_VISIBLE = 0.7
+"""A digit keeps at least this share of its pixels when others are laid over it; of half a digit nobody can tell which
+it was."""
 _CONTRAST = 60
 """Least mean difference of a digit's colour from what is behind it."""
 _INK = 128
@@ -46,7 +47,7 @@ class _Layer:
 
 
 class DigitsScenes(DetectionSamples):
-    """Canvases of 128×128 pixels with three to eight digits, some of them overlapping.
+    """Canvases of 128×128 pixels with up to eight digits, some of them overlapping.
 
     Args:
         digits: the digits to draw from.
