@@ -49,8 +49,11 @@ def _detect(values: dict[str, Any], pictures: str | None, score_thresh: float) -
 
     from epsanet.tasks.console import console, messages, track
     from epsanet.tasks.detection.predict import detect, draw_detections, write_detections
+    from epsanet.tasks.parquet import process_of_many
     from epsanet.tasks.predict import find_images
 
+    if process_of_many()[1] > 1:
+        raise ValueError("a detector predicts in one process; give each its own images and --output")
     output = values.pop("output")
     values.pop("topk")
     paths = find_images(values.pop("images"))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,38 @@ def test_the_backbone_is_optimised_on_cpus_and_nothing_is_where_the_reference_is
     assert isinstance(fast.network.backbone.body, OptimizedNetwork)
     assert loaded.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_run_starts_from_a_detector_and_goes_on_without_it(trained: TrainResult, data: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(trained.model, source)
+    content = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**content, "mean": [0.4, 0.5, 0.6]}))
+    start = dataclasses.replace(
+        config(data, tmp_path / "run", epochs=1),
+        model="auto",
+        model_args={},
+        init_from=str(source),
+        optimizer=OptimizerConfig(lr=1e-12),
+    )
+    result = train(start)
+    kept = load_recipe(str(result.run / "config.yaml"))
+    assert (kept.model, kept.model_args, kept.data.mean) == (BACKBONE, BACKBONE_ARGS, (0.4, 0.5, 0.6))
+    found, wanted = (load_detector(folder).model.network for folder in (result.model, source))
+    assert found.transform.image_mean == [0.4, 0.5, 0.6]
+    for name, parameter in found.named_parameters():
+        assert torch.allclose(parameter, wanted.get_parameter(name), atol=1e-6), name
+    shutil.rmtree(source)
+    assert train(resume=result.run).evaluation.as_dict() == result.evaluation.as_dict()
+
+
+def test_several_processes_do_not_write_one_file_of_detections(
+    trained: TrainResult, data: Path, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = said("predict", str(trained.model), str(data / "val"))
+    assert (code, errors) == (2, "epsanet: a detector predicts in one process; give each its own images and --output\n")
 
 
 def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(

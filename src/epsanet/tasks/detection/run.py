@@ -191,10 +191,10 @@ def _build(config: TrainConfig, splits: DetectionSplits, *, resumed: bool) -> tu
     source = None
     if config.init_from is not None and not resumed:
         source = load_detector(config.init_from) if is_detector(config.init_from) else load_model(config.init_from)
-    config = _filled_in(config, source)
-    assert config.detector is not None
+    config, detector = _filled_in(config, source), config.detector
+    assert detector is not None
     lightning.seed_everything(config.seed, verbose=False)
-    model = create_detector(config.model, len(splits.class_names), config.detector, backbone_args=config.model_args)
+    model = create_detector(config.model, len(splits.class_names), detector, backbone_args=config.model_args)
     start = start_detector_from(model, splits.class_names, source) if source is not None else None
     transform = model.network.transform
     transform.image_mean = list(config.data.mean or transform.image_mean)
@@ -203,8 +203,7 @@ def _build(config: TrainConfig, splits: DetectionSplits, *, resumed: bool) -> tu
         config,
         data=dataclasses.replace(config.data, mean=tuple(transform.image_mean), std=tuple(transform.image_std)),
     )
-    module = DetectorModule(model, splits.class_names, config, masks=config.detector.has_masks)  # type: ignore[union-attr]
-    module.configure_optimizers()
+    DetectorModule(model, splits.class_names, config, masks=detector.has_masks).configure_optimizers()
     return config, model, start
 
 
