@@ -226,7 +226,7 @@ def _write(report: Report, names: Sequence[str], rows: Sequence[_Network]) -> No
         _plot_scales(report.folder / "scales.png", rows)
 
 
-_MARKERS = "oscdv^<>PX*hp8DH"
+_MARKERS = "osDdv^<>PX*hp8H"
 
 
 def _plot_cost(path: Path, rows: Sequence[_Network]) -> None:
