@@ -305,3 +305,47 @@ def test_the_table_of_cost_says_what_was_published_and_how_far_off_it_is(monkeyp
     assert rows["epsanet50_small"][:6] == ("22.56", "22.56", "0", "3.598", "3.62", "-0.02")
     assert rows["epsanet101_large_g32"][0] == "53.74"
     assert math.isclose(float(rows["epsanet101_large_g32"][2]), 53.74 - 49.59, abs_tol=0.006)
+
+
+def test_a_detector_is_a_run_of_a_study_too_and_its_score_is_the_box_ap(tmp_path: Path) -> None:
+    from detecting import BACKBONE, BACKBONE_ARGS, coco_folder, detector_config
+
+    from epsanet.data.config import DataConfig
+    from epsanet.network.detectors import load_detector
+    from epsanet.study.worker import run_one
+    from epsanet.tasks.config import ScheduleConfig, TrainConfig
+    from epsanet.tasks.detection.evaluate import evaluate_detector
+
+    data = DataConfig(source=str(coco_folder(tmp_path / "coco")), batch_size=2, workers=0)
+    config = TrainConfig(
+        model=BACKBONE,
+        model_args=BACKBONE_ARGS,
+        detector=detector_config("faster_rcnn"),
+        data=data,
+        schedule=ScheduleConfig(epochs=1),
+        device="cpu",
+        output=str(tmp_path / "run"),
+    )
+    run_one(config, tmp_path / "result.json", {"network": "epsanet", "seed": 0})
+    found = json.loads((tmp_path / "result.json").read_text())
+    expected = evaluate_detector(str(tmp_path / "run" / "model"), data, split="val")
+    assert found["score"] == pytest.approx(100 * expected.box.ap)
+    assert found["images"] == expected.images
+    detector = load_detector(tmp_path / "run" / "model").model
+    assert found["parameters"] == sum(p.numel() for p in detector.parameters())
+
+
+def test_each_network_of_a_study_of_detectors_has_its_own_backbone_weights(tmp_path: Path) -> None:
+    from epsanet.network.detector_config import DetectorConfig
+    from epsanet.study.rows import Row
+    from epsanet.study.running import StudyRun
+    from epsanet.tasks.config import TrainConfig
+
+    train = TrainConfig(detector=DetectorConfig(backbone_weights="runs/{network}-seed0/model"), output=str(tmp_path))
+    run = StudyRun(folder=tmp_path, row=Row(name="se", title="SENet", model="seresnet50"), seed=3)
+    config = run.config(train)
+    assert config.detector is not None
+    assert config.detector.backbone_weights == "runs/se-seed0/model"
+    assert (config.model, config.seed, config.output) == ("seresnet50", 3, str(tmp_path / "runs" / "se-seed3"))
+    assert train.detector is not None
+    assert "{network}" in str(train.detector.backbone_weights), "the common configuration has been changed"

@@ -118,11 +118,12 @@ def measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 def measure_detector(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """COCO's box AP of the best checkpoint on the validation images, in percent, in the column of the score."""
+    from epsanet.network.detectors import load_detector
     from epsanet.tasks.detection.evaluate import evaluate_detector
 
-    found = evaluate_detector(str(folder / "model"), config.data, split="val")
-    loaded = read(folder / "checkpoints" / LAST)["state_dict"]
-    parameters = sum(tensor.numel() for tensor in loaded.values() if tensor.is_floating_point())
+    loaded = load_detector(folder / "model")
+    found = evaluate_detector(loaded, config.data, split="val", device=config.device)
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     return {"split": "val", "score": 100 * found.box.ap, "images": found.images, "parameters": parameters}
 
 
