@@ -35,7 +35,7 @@ from epsanet.tasks.checkpoints import LAST, read
 from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.devices import processor_name
 from epsanet.tasks.inference import inference_network
-from epsanet.tasks.train import train
+from epsanet.tasks.train import TrainingInterrupted, train
 
 __all__ = ["OBJECT_SCALES", "measure", "rescaled", "run_one"]
 
@@ -201,7 +201,11 @@ def main() -> int:
     # A run whose study was killed may still be saving.
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        run_one(load_recipe(values["train"]), result, values["about"])
+        try:
+            run_one(load_recipe(values["train"]), result, values["about"])
+        except TrainingInterrupted as stop:
+            print(stop)
+            return 1
     return 0
 
 
