@@ -226,7 +226,7 @@ def _write(report: Report, names: Sequence[str], rows: Sequence[_Network]) -> No
         _plot_scales(report.folder / "scales.png", rows)
 
 
-_MARKERS = "oscdv^<>PX*hp8DH"
+_MARKERS = "osDdv^<>PX*hp8H"
 
 
 def _plot_cost(path: Path, rows: Sequence[_Network]) -> None:
@@ -264,23 +264,16 @@ def _plot_cost(path: Path, rows: Sequence[_Network]) -> None:
 
 
 def _plot_scales(path: Path, rows: Sequence[_Network]) -> None:
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axis = figure.subplots()
-    for place, network in enumerate(rows):
-        found = [network.of(scale) for scale in _SCALES]
+    """A panel for each size of the objects, a line for each network."""
+    figure = Figure(figsize=(12, 1.2 + 0.32 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(_SCALES), sharey=True)
+    places = range(len(rows))
+    for axis, scale in zip(panels, _SCALES, strict=True):
+        found = [network.of(scale) for network in rows]
         half = [0.0 if math.isinf(value.high) else value.high - value.value for value in found]
-        axis.errorbar(
-            [number + 0.012 * (place - len(rows) / 2) for number in (0.5, 1.0, 1.5)],
-            [value.value for value in found],
-            yerr=half,
-            fmt=f"{_MARKERS[place % len(_MARKERS)]}-",
-            color=f"C{place % 10}",
-            capsize=2,
-            linewidth=0.8,
-            label=network.name,
-        )
-    axis.set(xlabel="size of the objects, relative to training", ylabel="top-1 [%], 95 % interval")
-    axis.set_xticks((0.5, 1.0, 1.5), ("0.5×", "1×", "1.5×"))
-    axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        axis.errorbar([value.value for value in found], places, xerr=half, fmt="o", capsize=3)
+        axis.set(title=f"objects at {scale.rpartition('_')[2]}×", xlabel="top-1 [%], 95 % interval")
+        axis.grid(alpha=0.3)
+    panels[0].set_yticks(places, [network.name for network in rows])
+    panels[0].invert_yaxis()
     save_figure(figure, path)

@@ -73,9 +73,17 @@ class StudyRun:
         return self.folder / "results" / f"{self.name}.json"
 
     def config(self, train: TrainConfig) -> TrainConfig:
-        """What differs from run to run, set in the common configuration."""
+        """What differs from run to run, set in the common configuration.
+
+        ``{network}`` in the name of a detector's backbone weights is the name of the row.
+        """
+        detector = train.detector
+        if detector is not None and detector.backbone_weights is not None:
+            weights = detector.backbone_weights.replace("{network}", self.row.name)
+            detector = replace(detector, backbone_weights=weights)
         return replace(
             train,
+            detector=detector,
             model=self.row.model,
             model_args=self.row.model_args,
             seed=self.seed,

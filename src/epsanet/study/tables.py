@@ -52,8 +52,9 @@ def printed(table: Table, form: Literal["text", "csv", "markdown"]) -> str:
         lines.insert(1, "|" + "|".join(align) + "|")
         return "\n".join((f"**{table.title}**", "", *lines, *(f"\n{note}" for note in table.notes))) + "\n\n"
     shown = RichTable(title=table.title, box=box.SIMPLE_HEAD)
-    for column, left in zip(table.columns, _left(table), strict=True):
-        shown.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for place, (column, left) in enumerate(zip(table.columns, _left(table), strict=True)):
+        words = left and place > 0
+        shown.add_column(column, justify="left" if left else "right", no_wrap=not words, overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
     file = io.StringIO()
@@ -141,7 +142,8 @@ def _cost_row(
 def _beside(ours: float, published: float | None, digits: int) -> tuple[str, str, str]:
     if published is None:
         return f"{ours:.{digits}f}", "", ""
-    return f"{ours:.{digits}f}", f"{published:g}", f"{ours - published:+.2f}"
+    difference = round(ours - published, 2)
+    return f"{ours:.{digits}f}", f"{published:.2f}", f"{difference:+.2f}" if difference else "0"
 
 
 def detection_costs() -> Table:

@@ -35,7 +35,7 @@ from epsanet.tasks.checkpoints import LAST, read
 from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.devices import processor_name
 from epsanet.tasks.inference import inference_network
-from epsanet.tasks.train import train
+from epsanet.tasks.train import TrainingInterrupted, train
 
 __all__ = ["OBJECT_SCALES", "measure", "rescaled", "run_one"]
 
@@ -118,11 +118,12 @@ def measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 def measure_detector(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """COCO's box AP of the best checkpoint on the validation images, in percent, in the column of the score."""
+    from epsanet.network.detectors import load_detector
     from epsanet.tasks.detection.evaluate import evaluate_detector
 
-    found = evaluate_detector(str(folder / "model"), config.data, split="val")
-    loaded = read(folder / "checkpoints" / LAST)["state_dict"]
-    parameters = sum(tensor.numel() for tensor in loaded.values() if tensor.is_floating_point())
+    loaded = load_detector(folder / "model")
+    found = evaluate_detector(loaded, config.data, split="val", device=config.device)
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     return {"split": "val", "score": 100 * found.box.ap, "images": found.images, "parameters": parameters}
 
 
@@ -200,7 +201,11 @@ def main() -> int:
     # A run whose study was killed may still be saving.
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        run_one(load_recipe(values["train"]), result, values["about"])
+        try:
+            run_one(load_recipe(values["train"]), result, values["about"])
+        except TrainingInterrupted as stop:
+            print(stop)
+            return 1
     return 0
 
 
