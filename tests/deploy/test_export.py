@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,19 @@ def test_an_onnx_file_is_whole_plain_and_says_what_it_is(bundles: dict[str, Expo
     assert json.loads(told["label_names"]) == loaded.class_names
     assert json.loads(told["data_config"])["mean"] == pytest.approx(loaded.data_config["mean"])
     assert str(Path.cwd()).encode() not in (folder / "network.onnx").read_bytes()
+
+
+def test_the_documented_use_of_the_runtimes_runs(
+    bundles: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tutorials" / "libraries.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(import json\n.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for kind in ("onnx", "openvino"):
+        (tmp_path / f"digits-{kind}").symlink_to(bundles[kind].folder)
+    said: list[str] = []
+    exec(example, {"print": lambda *values: said.append(" ".join(map(str, values)))})
+    assert said == ["['0', '1', '2', '3'] True"]
 
 
 def test_an_openvino_network_says_what_it_is(bundles: dict[str, Exported], digits_folder: Path) -> None:
