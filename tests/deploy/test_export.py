@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detecting import detector
 from real_digits import digits
 from torch import Tensor, nn
 
 from epsanet import cli, evaluate, kernels, predict
+from epsanet._optional import without_telemetry
 from epsanet.data.config import DataConfig
 from epsanet.deploy import export as export_module
 from epsanet.deploy import tune
 from epsanet.deploy.config import ExportConfig
 from epsanet.deploy.export import Exported, compare, export
 from epsanet.deploy.portable import PortablePSA, portable
+from epsanet.deploy.quantize import quantize_openvino
 from epsanet.network.bundle import RuntimeNetwork
+from epsanet.network.detectors import save_detector
 from epsanet.network.weights import LoadedModel, load_model
 
 
@@ -282,6 +286,18 @@ def test_impossible_exports_are_refused_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_detector_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_detector("finder", detector(), ["ant", "bee", "cow"])
+    assert cli.main(["export", "finder", "--output", "bundle"]) == 2
+    assert capsys.readouterr().err == (
+        "epsanet: finder holds a detector, which cannot be exported yet; epsanet predict and serve run it\n"
+    )
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_missing_library_names_the_line_to_install(
     digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,3 +338,26 @@ def test_nothing_is_reported_over_the_network(bundles: dict[str, Exported]) -> N
 
     assert bundles
     assert sys.modules["openvino_telemetry"] is None
+
+
+def test_accuracy_control_keeps_layers_in_float32_until_the_drop_holds(
+    bundles: dict[str, Exported], digits_folder: Path
+) -> None:
+    """On noisy digits, where eight bits change answers; the answers of float32 count as right."""
+    without_telemetry()
+    import openvino
+
+    core, loaded = openvino.Core(), load_model(digits_folder)
+    network = core.read_model(bundles["openvino"].folder / "network.xml")
+    calibration, check = digits("train", loaded, 50), digits("test", loaded, 100)
+    check.images = check.images + 1.5 * torch.randn(check.images.shape)
+
+    def answers(model: Any) -> Tensor:
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return torch.from_numpy(compiled(check.images.numpy())[0].argmax(1).copy())
+
+    check.labels = answers(network)
+    plain = quantize_openvino(network, calibration, None, check)
+    careful = quantize_openvino(network, calibration, 1.0, check)
+    agreement = [(answers(model) == check.labels).double().mean().item() for model in (plain, careful)]
+    assert agreement[0] < 0.99 <= agreement[1], "one in a hundred may change"
