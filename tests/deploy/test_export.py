@@ -17,14 +17,12 @@ from real_digits import digits
 from torch import Tensor, nn
 
 from epsanet import cli, evaluate, kernels, predict
-from epsanet._optional import without_telemetry
 from epsanet.data.config import DataConfig
 from epsanet.deploy import export as export_module
 from epsanet.deploy import tune
 from epsanet.deploy.config import ExportConfig
 from epsanet.deploy.export import Exported, compare, export
 from epsanet.deploy.portable import PortablePSA, portable
-from epsanet.deploy.quantize import quantize_openvino
 from epsanet.network.bundle import RuntimeNetwork
 from epsanet.network.detectors import save_detector
 from epsanet.network.weights import LoadedModel, load_model
@@ -99,7 +97,7 @@ def test_an_onnx_file_is_whole_plain_and_says_what_it_is(bundles: dict[str, Expo
 
 
 def test_the_documented_use_of_the_runtimes_runs(
-    bundles: dict[str, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: dict[str, Exported], digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (Path(__file__).parents[2] / "docs" / "tutorials" / "libraries.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(import json\n.*?)```", text, re.DOTALL)
@@ -107,8 +105,12 @@ def test_the_documented_use_of_the_runtimes_runs(
     for kind in ("onnx", "openvino"):
         (tmp_path / f"digits-{kind}").symlink_to(bundles[kind].folder)
     said: list[str] = []
-    exec(example, {"print": lambda *values: said.append(" ".join(map(str, values)))})
-    assert said == ["['0', '1', '2', '3'] True"]
+    namespace: dict[str, Any] = {"print": lambda *values: said.append(" ".join(map(str, values)))}
+    exec(example, namespace)
+    loaded = load_model(digits_folder)
+    with torch.no_grad():
+        wanted = loaded.model(torch.from_numpy(namespace["batch"])).argmax(1)
+    assert said == [f"{[loaded.class_names[place] for place in wanted]} True"]
 
 
 def test_an_openvino_network_says_what_it_is(bundles: dict[str, Exported], digits_folder: Path) -> None:
@@ -338,26 +340,3 @@ def test_nothing_is_reported_over_the_network(bundles: dict[str, Exported]) -> N
 
     assert bundles
     assert sys.modules["openvino_telemetry"] is None
-
-
-def test_accuracy_control_keeps_layers_in_float32_until_the_drop_holds(
-    bundles: dict[str, Exported], digits_folder: Path
-) -> None:
-    """On noisy digits, where eight bits change answers; the answers of float32 count as right."""
-    without_telemetry()
-    import openvino
-
-    core, loaded = openvino.Core(), load_model(digits_folder)
-    network = core.read_model(bundles["openvino"].folder / "network.xml")
-    calibration, check = digits("train", loaded, 50), digits("test", loaded, 100)
-    check.images = check.images + 1.5 * torch.randn(check.images.shape)
-
-    def answers(model: Any) -> Tensor:
-        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        return torch.from_numpy(compiled(check.images.numpy())[0].argmax(1).copy())
-
-    check.labels = answers(network)
-    plain = quantize_openvino(network, calibration, None, check)
-    careful = quantize_openvino(network, calibration, 1.0, check)
-    agreement = [(answers(model) == check.labels).double().mean().item() for model in (plain, careful)]
-    assert agreement[0] < 0.99 <= agreement[1], "one in a hundred may change"
