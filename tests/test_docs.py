@@ -70,6 +70,8 @@ RUN = [page for page in PAGES if any(mark == "run" for mark, _, _ in blocks(page
 CALLED = [page for page in PAGES if any(commands(page))]
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # in Lightning
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # Lightning's advice
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detecting import detector
 from real_digits import digits
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from epsanet.deploy.config import ExportConfig
 from epsanet.deploy.export import Exported, compare, export
 from epsanet.deploy.portable import PortablePSA, portable
 from epsanet.network.bundle import RuntimeNetwork
+from epsanet.network.detectors import save_detector
 from epsanet.network.weights import LoadedModel, load_model
 
 
@@ -91,6 +94,23 @@ def test_an_onnx_file_is_whole_plain_and_says_what_it_is(bundles: dict[str, Expo
     assert json.loads(told["label_names"]) == loaded.class_names
     assert json.loads(told["data_config"])["mean"] == pytest.approx(loaded.data_config["mean"])
     assert str(Path.cwd()).encode() not in (folder / "network.onnx").read_bytes()
+
+
+def test_the_documented_use_of_the_runtimes_runs(
+    bundles: dict[str, Exported], digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tutorials" / "libraries.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(import json\n.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for kind in ("onnx", "openvino"):
+        (tmp_path / f"digits-{kind}").symlink_to(bundles[kind].folder)
+    said: list[str] = []
+    namespace: dict[str, Any] = {"print": lambda *values: said.append(" ".join(map(str, values)))}
+    exec(example, namespace)
+    loaded = load_model(digits_folder)
+    with torch.no_grad():
+        wanted = loaded.model(torch.from_numpy(namespace["batch"])).argmax(1)
+    assert said == [f"{[loaded.class_names[place] for place in wanted]} True"]
 
 
 def test_an_openvino_network_says_what_it_is(bundles: dict[str, Exported], digits_folder: Path) -> None:
@@ -266,6 +286,18 @@ def test_impossible_exports_are_refused_in_one_line(
     assert len(lines) == 1
     assert message in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_detector_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_detector("finder", detector(), ["ant", "bee", "cow"])
+    assert cli.main(["export", "finder", "--output", "bundle"]) == 2
+    assert capsys.readouterr().err == (
+        "epsanet: finder holds a detector, which cannot be exported yet; epsanet predict and serve run it\n"
+    )
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_missing_library_names_the_line_to_install(

@@ -697,3 +697,15 @@ def test_a_process_killed_while_saving_leaves_the_old_folder_readable(tmp_path: 
     assert process.returncode == -signal.SIGKILL
     assert content_of(folder) == before
     assert len(load_model(folder).class_names) == 10
+
+
+def test_a_model_folder_says_the_number_of_classes_once_for_transformers_passes_arguments_beside_it(
+    tmp_path: Path,
+) -> None:
+    save_model(tmp_path / "model", timm.create_model("epsanet14_tiny", num_classes=3), ["ant", "bee", "cow"])
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    assert config["num_classes"] == 3
+    assert "num_classes" not in config["model_args"]
+    assert config["model_args"]["in_chans"] == 3, "the others are there"
+    again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert again.num_classes == again.fc.out_features == 3

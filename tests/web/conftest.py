@@ -50,7 +50,7 @@ def detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("detectors") / "finder"
     model = detector()
     with torch.no_grad():
-        model.network.roi_heads.box_predictor.cls_score.bias[2] = 1.0
+        model.network.roi_heads.box_predictor.cls_score.bias[2] = 3.0
     save_detector(folder, model, ["ant", "bee", "cow"])
     return folder
 

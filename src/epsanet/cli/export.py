@@ -35,11 +35,14 @@ def parser() -> ArgumentParser:
 def run(values: dict[str, Any]) -> int:
     from epsanet.deploy.config import ExportConfig
     from epsanet.deploy.export import export
+    from epsanet.network.model_folder import is_detector
     from epsanet.network.weights import load_model
     from epsanet.tasks.console import console, messages, track
 
     output, source = values.pop("output"), values.pop("model")
     config = ExportConfig(**values)
+    if is_detector(source):
+        raise ValueError(f"{source} holds a detector, which cannot be exported yet; epsanet predict and serve run it")
     loaded = load_model(source)
     if output is None:
         output = f"{loaded.architecture}-{config.format}{'-int8' if config.int8 else ''}"

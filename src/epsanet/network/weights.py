@@ -12,6 +12,7 @@ input of ``conv3``) are exchanged on the way in and out.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -128,7 +129,15 @@ def save_model(
             model_config={"label_names": list(class_names)},
             data_config=data_config,
         )
+        _drop_num_classes(temporary / CONFIG_NAME)
         (temporary / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def _drop_num_classes(path: Path) -> None:
+    """Say the number of classes once: timm writes it among the arguments too, and transformers then passes it twice."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def load_model(source: str | Path) -> LoadedModel:

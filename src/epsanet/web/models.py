@@ -16,12 +16,14 @@ from epsanet.network.bundle import RuntimeNetwork
 from epsanet.network.detectors import load_detector
 from epsanet.network.model_folder import is_detector
 from epsanet.network.weights import load_model
-from epsanet.tasks.detection.predict import Detections, detect
+from epsanet.tasks.detection.inference import inference_detector
+from epsanet.tasks.detection.predict import Detections, detect_with
 from epsanet.tasks.inference import inference_network
 from epsanet.tasks.scores import probabilities
 
 __all__ = ["ServedClassifier", "ServedDetector", "ServedModel", "open_models"]
 
+_CPU = torch.device("cpu")
 _LEAST_SCORE = 0.05
 _KEPT = 32
 """Pictures whose objects are remembered, so that the slider answers at once."""
@@ -44,7 +46,7 @@ class ServedClassifier:
         """Whether Grad-CAM and scales can be had; an exported bundle hides its layers."""
         size = self._loaded.data_config["input_size"]
         self._transform = evaluation_transform(self._loaded.data_config)
-        self._network = inference_network(self._loaded.model.eval(), size, torch.device("cpu"))
+        self._network = inference_network(self._loaded.model.eval(), size, _CPU)
         self.description = f"{self._loaded.architecture}: {len(self.class_names)} classes, {size[2]}×{size[1]} pixels"
 
     def classify(self, path: Path) -> list[tuple[str, float]]:
@@ -79,12 +81,11 @@ class ServedDetector:
     """
 
     def __init__(self, name: str, source: str) -> None:
-        self.name, self._loaded = name, load_detector(source)
-        self.class_names = self._loaded.class_names
-        config = self._loaded.model.config
-        self.description = (
-            f"{config.architecture} on {self._loaded.model.backbone_name}: {len(self.class_names)} classes"
-        )
+        loaded = load_detector(source)
+        self.name, self.class_names = name, loaded.class_names
+        self._network = inference_detector(loaded.model, _CPU)
+        self.description = f"{loaded.model.config.architecture} on {loaded.model.backbone_name}"
+        self.description += f": {len(self.class_names)} classes"
         self._detect = lru_cache(_KEPT)(self._detected)
 
     def detect(self, path: Path, score: float) -> Detections:
@@ -93,7 +94,7 @@ class ServedDetector:
             return self._detect(path).at_least(score)
 
     def _detected(self, path: Path) -> Detections:
-        (found,) = detect(self._loaded, [path], score_thresh=_LEAST_SCORE, device="cpu")
+        (found,) = detect_with(self._network, self.class_names, [str(path)], _LEAST_SCORE, 1, 0, _CPU)
         if found.error:
             raise ImageError(found.error)
         return found

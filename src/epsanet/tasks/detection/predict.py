@@ -17,7 +17,7 @@ from epsanet._files import atomic_file
 from epsanet.data.coco import read_rle
 from epsanet.data.images import ImageError, read_image
 from epsanet.data.sources import require
-from epsanet.network.detectors import LoadedDetector, load_detector
+from epsanet.network.detectors import Detector, LoadedDetector, load_detector
 from epsanet.tasks.console import messages
 from epsanet.tasks.detection.figures import drawn
 from epsanet.tasks.detection.inference import inference_detector
@@ -26,7 +26,7 @@ from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.predict import find_images
 from epsanet.tasks.tables import Table, write_table
 
-__all__ = ["Detections", "detect", "draw", "draw_detections", "write_detections"]
+__all__ = ["Detections", "detect", "detect_with", "draw", "draw_detections", "write_detections"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,19 +113,30 @@ def detect(
     loaded = model if isinstance(model, LoadedDetector) else load_detector(model)
     if loaded.model.config.has_masks:
         require("faster_coco_eval", "detection")
-    return _detect(loaded, find_images(images), score_thresh, batch_size, workers, place, note)
+    network = inference_detector(loaded.model, place, note=note).to(place)
+    return detect_with(network, loaded.class_names, find_images(images), score_thresh, batch_size, workers, place)
 
 
-def _detect(
-    loaded: LoadedDetector,
+def detect_with(
+    network: Detector,
+    class_names: list[str],
     paths: list[str],
     score_thresh: float,
     batch_size: int,
     workers: int,
     device: torch.device,
-    note: Callable[[str], None],
 ) -> Iterator[Detections]:
-    network = inference_detector(loaded.model, device, note=note).to(device)
+    """What ``detect`` does, by a detector that is ready to run.
+
+    Args:
+        network: in evaluation mode, on the device.
+        class_names: of its labels.
+        paths: of the images.
+        score_thresh: the least score.
+        batch_size: images at a time.
+        workers: processes that read images.
+        device: where the detector is.
+    """
     loader = DataLoader(_Files(paths), batch_size=batch_size, num_workers=workers, collate_fn=list)
     for batch in loader:
         images = [image.to(device) for image, _, _ in batch if image is not None]
@@ -135,7 +146,7 @@ def _detect(
             if image is None:
                 yield Detections(image=path, error=error)
             else:
-                yield _named(path, image, next(found), score_thresh, loaded.class_names)
+                yield _named(path, image, next(found), score_thresh, class_names)
 
 
 def _named(
