@@ -300,7 +300,7 @@ class _Crew:
                 stdin=subprocess.PIPE,  # its end tells the run that the study is gone
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(len(cores))},
+                env={"OMP_NUM_THREADS": str(len(cores)), **os.environ},
                 start_new_session=True,  # Ctrl-C comes here alone
             )
         if hasattr(os, "sched_setaffinity"):
