@@ -75,15 +75,12 @@ class StudyRun:
     def config(self, train: TrainConfig) -> TrainConfig:
         """What differs from run to run, set in the common configuration.
 
-        ``{network}`` in the name of a detector's backbone weights is the name of the row.
+        ``{network}`` in ``init_from``, which gives detectors their trained backbones, is the name of the row.
         """
-        detector = train.detector
-        if detector is not None and detector.backbone_weights is not None:
-            weights = detector.backbone_weights.replace("{network}", self.row.name)
-            detector = replace(detector, backbone_weights=weights)
+        start = train.init_from
         return replace(
             train,
-            detector=detector,
+            init_from=None if start is None else start.replace("{network}", self.row.name),
             model=self.row.model,
             model_args=self.row.model_args,
             seed=self.seed,
