@@ -33,18 +33,18 @@ WARM_UP, OVERHEAD = 2, 1.15
 
 
 def seconds_per_image(row: Row, classes: int, size: int, batch: int, steps: int) -> float:
-    """Median over steps of forward, backward and update."""
+    """Median over steps of forward, backward and update; processor time, which other processes do not lengthen much."""
     model = create_model(row.model, num_classes=classes, **row.model_args).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     y = torch.arange(batch) % classes
     times = []
     for _ in range(WARM_UP + steps):
-        start = time.perf_counter()
+        start = time.process_time()
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return statistics.median(times[WARM_UP:]) / batch
 
 

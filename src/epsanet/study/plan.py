@@ -21,8 +21,8 @@ def plan(study: StudyConfig, train: TrainConfig) -> list[Row]:
     Raises:
         ValueError: for a network, a data set or a setting that cannot be had, before anything is written.
     """
-    if train.init_from is not None and (train.detector is None or "{network}" not in train.init_from):
-        raise ValueError("a study starts from random weights, the same seeds for all; leave --init_from out")
+    if train.init_from is not None and train.detector is None:
+        raise ValueError("a study of classifiers starts from random weights; leave --init_from out")
     if train.detector is not None:
         classes, size = 1000, 224  # of the backbones, whose cost is compared
     else:

@@ -75,12 +75,12 @@ class StudyRun:
     def config(self, train: TrainConfig) -> TrainConfig:
         """What differs from run to run, set in the common configuration.
 
-        ``{network}`` in ``init_from``, of detectors, is the name of the row.
+        ``{network}`` in ``init_from``, which gives detectors their trained backbones, is the name of the row.
         """
         start = train.init_from
         return replace(
             train,
-            init_from=start.replace("{network}", self.row.name) if start is not None else None,
+            init_from=None if start is None else start.replace("{network}", self.row.name),
             model=self.row.model,
             model_args=self.row.model_args,
             seed=self.seed,
@@ -297,7 +297,7 @@ class _Crew:
                 stdin=subprocess.PIPE,  # its end tells the run that the study is gone
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(len(cores))},
+                env={"OMP_NUM_THREADS": str(len(cores)), **os.environ},
                 start_new_session=True,  # Ctrl-C comes here alone
             )
         if hasattr(os, "sched_setaffinity"):
