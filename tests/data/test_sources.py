@@ -605,3 +605,25 @@ def test_a_missing_library_names_the_line_to_install_it(
     Path("p.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=rf"this needs {module}, .*pip install 'epsanet\[data\]'"):
         open_data(DataConfig(source=source, val_split="{0..9}.tar" if source == "wds/." else None))
+
+
+def test_a_fraction_of_the_training_images_has_the_same_share_of_each_class_and_leaves_validation_alone() -> None:
+    whole = open_data(DataConfig(source="digits"))
+    part = open_data(DataConfig(source="digits", train_fraction=0.25))
+    again = open_data(DataConfig(source="digits", train_fraction=0.25))
+    assert len(part.train) == -(-len(whole.train) // 4)
+    shares = np.bincount(part.train.labels) / np.bincount(whole.train.labels)
+    assert (abs(shares - 0.25) < 0.01).all()
+    assert list(part.val.labels) == list(whole.val.labels)
+    assert len(part.test or ()) == len(whole.test or ()) == 360
+    names = [whole.train.name(place) for place in range(len(whole.train))]
+    chosen = [part.train.name(place) for place in range(len(part.train))]
+    assert set(chosen) < set(names)
+    assert chosen == [again.train.name(place) for place in range(len(again.train))]
+    assert any("a fraction of 0.25" in note for note in part.notes)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5])
+def test_an_impossible_fraction_of_the_training_images_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match="use a share above 0, up to 1"):
+        DataConfig(train_fraction=fraction)
