@@ -170,7 +170,7 @@ def test_two_processes_have_the_loss_curve_of_one_with_the_same_images_a_step(
     for mine, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         assert {**mine, "train_loss": 0, "val_loss": 0} == {**theirs, "train_loss": 0, "val_loss": 0}
         for name in ("train_loss", "val_loss"):
-            assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-5)
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-4)
     # Batch norms see the images of their process: close, not equal.
     assert [row["lr"] for row in rows(pair)] == [row["lr"] for row in rows(whole)]
     mine, theirs = (float(rows(run)[0]["train_loss"]) for run in (pair, whole))

@@ -108,6 +108,7 @@ def kill_a_worker(torchrun: subprocess.Popen[bytes], run: Path) -> None:
     os.kill(int(worker), signal.SIGKILL)
 
 
+@pytest.mark.timeout(600)
 def test_a_worker_that_is_killed_on_one_of_two_hosts_is_restarted_and_nothing_is_lost(
     hosts: tuple[Host, Host], tiny_run: list[str], tmp_path: Path
 ) -> None:

@@ -30,7 +30,10 @@ def parser() -> ArgumentParser:
 
 def run(values: dict[str, Any]) -> int:
     from epsanet.network.model_folder import is_detector
+    from epsanet.tasks.tables import check_output
 
+    if values["output"] is not None:
+        check_output(values["output"])
     pictures, score_thresh = values.pop("pictures"), values.pop("score_thresh")
     detector = is_detector(values["model"])
     if values["batch_size"] is None:

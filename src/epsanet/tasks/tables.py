@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from epsanet._files import atomic_file
 from epsanet.data.sources import require
 
-__all__ = ["OUTPUT_SUFFIXES", "PARQUET_ROWS", "Table", "write_table"]
+__all__ = ["OUTPUT_SUFFIXES", "PARQUET_ROWS", "Table", "check_output", "write_table"]
 
 OUTPUT_SUFFIXES = (".csv", ".json", ".parquet")
 PARQUET_ROWS = 1024
@@ -33,6 +33,19 @@ class Table(Generic[T]):
     """Of a result, for JSON."""
 
 
+def check_output(path: str | Path) -> None:
+    """Find out whether a file can be written, before the work that is to be written.
+
+    Raises:
+        ValueError: for another suffix than .csv, .json and .parquet, or when the library for Parquet is missing.
+    """
+    suffix = Path(path).suffix
+    if suffix not in OUTPUT_SUFFIXES:
+        raise ValueError(f"{path} is no format that can be written; end it in {', '.join(OUTPUT_SUFFIXES)}")
+    if suffix == ".parquet":
+        require("pyarrow", "data")
+
+
 def write_table(path: str | Path, results: Iterable[T], table: Table[T]) -> Iterator[T]:
     """Write results as they come, and pass them on.
 
@@ -44,11 +57,8 @@ def write_table(path: str | Path, results: Iterable[T], table: Table[T]) -> Iter
     Raises:
         ValueError: for another suffix, or when the library for Parquet is missing.
     """
+    check_output(path)
     path = Path(path)
-    if path.suffix not in OUTPUT_SUFFIXES:
-        raise ValueError(f"{path} is no format that can be written; end it in {', '.join(OUTPUT_SUFFIXES)}")
-    if path.suffix == ".parquet":
-        require("pyarrow", "data")
     writers: dict[str, Callable[[Path, Iterable[T], Table[T]], Iterator[T]]] = {
         ".csv": _write_csv,
         ".json": _write_json,
