@@ -163,14 +163,15 @@ def test_two_processes_that_are_killed_and_go_on_end_as_if_they_had_not_been(
 def test_two_processes_have_the_loss_curve_of_one_with_the_same_images_a_step(
     pair: Path, whole: Path, forks: Forks, tiny_run: list[str], tmp_path: Path
 ) -> None:
-    # Layer norms see one image at a time, so that the share of a process makes no difference but rounding.
-    layer_norms = "--model_args={norm_layer: groupnorm1}"
+    # Layer norms see one image at a time, so that the share of a process makes no difference but rounding; with a smooth
+    # activation, since a ReLU that turns on the last bit makes more of it.
+    layer_norms = "--model_args={norm_layer: groupnorm1, act_layer: silu}"
     run_to_the_end(forks, [*tiny_run, layer_norms], tmp_path / "one", [])
     run_to_the_end(forks, [*tiny_run, layer_norms, "--data.batch_size=8"], tmp_path / "two", [], size=2)
     for mine, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         assert {**mine, "train_loss": 0, "val_loss": 0} == {**theirs, "train_loss": 0, "val_loss": 0}
         for name in ("train_loss", "val_loss"):
-            assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-4)
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), rel=1e-5)
     # Batch norms see the images of their process: close, not equal.
     assert [row["lr"] for row in rows(pair)] == [row["lr"] for row in rows(whole)]
     mine, theirs = (float(rows(run)[0]["train_loss"]) for run in (pair, whole))

@@ -11,6 +11,7 @@ __all__ = ["parser", "run"]
 
 
 def parser() -> ArgumentParser:
+    """The flags of the command."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
@@ -21,6 +22,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: dict[str, Any]) -> int:
+    """Do it with the flags\' values; the exit code."""
     from epsanet.network.weights import convert
 
     loaded = convert(values["source"], values["destination"], data_parallel=values["data_parallel"])

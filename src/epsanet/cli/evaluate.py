@@ -14,6 +14,7 @@ __all__ = ["parser", "run"]
 
 
 def parser() -> ArgumentParser:
+    """The flags of the command."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     from epsanet.data.config import DataConfig
@@ -31,6 +32,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: dict[str, Any]) -> int:
+    """Do it with the flags\' values; the exit code."""
     from rich.table import Table
 
     from epsanet._processes import rank

@@ -13,6 +13,7 @@ __all__ = ["arrange", "parser", "run"]
 
 
 def parser() -> ArgumentParser:
+    """The flags of the command."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     from epsanet.data.config import DataConfig
@@ -34,6 +35,7 @@ arrange = names_first
 
 
 def run(values: dict[str, Any]) -> int:
+    """Do it with the flags\' values; the exit code."""
     from epsanet.insight.explain import explain, explain_data, save_explanations
     from epsanet.network.weights import load_model
     from epsanet.tasks.console import messages, track

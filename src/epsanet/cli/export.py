@@ -14,6 +14,7 @@ __all__ = ["parser", "run"]
 
 
 def parser() -> ArgumentParser:
+    """The flags of the command."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     from epsanet.deploy.config import ExportConfig
@@ -33,6 +34,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: dict[str, Any]) -> int:
+    """Do it with the flags\' values; the exit code."""
     from epsanet.deploy.config import ExportConfig
     from epsanet.deploy.export import export
     from epsanet.network.model_folder import is_detector

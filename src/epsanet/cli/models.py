@@ -13,6 +13,7 @@ __all__ = ["parser", "run"]
 
 
 def parser() -> ArgumentParser:
+    """The flags of the command."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
@@ -23,6 +24,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: dict[str, Any]) -> int:
+    """Do it with the flags\' values; the exit code."""
     if values["task"] == "detection":
         return _detectors(as_json=values["json"])
     from rich import box

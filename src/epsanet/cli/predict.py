@@ -13,6 +13,7 @@ __all__ = ["parser", "run"]
 
 
 def parser() -> ArgumentParser:
+    """The flags of the command."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
@@ -29,6 +30,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: dict[str, Any]) -> int:
+    """Do it with the flags\' values; the exit code."""
     from epsanet.network.model_folder import is_detector
     from epsanet.tasks.tables import check_output
 

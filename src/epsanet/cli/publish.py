@@ -12,6 +12,7 @@ __all__ = ["parser", "run"]
 
 
 def parser() -> ArgumentParser:
+    """The flags of the command."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
@@ -23,6 +24,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: dict[str, Any]) -> int:
+    """Do it with the flags\' values; the exit code."""
     from rich.table import Table
 
     from epsanet.tasks.console import console

@@ -16,6 +16,7 @@ arrange = names_first
 
 
 def parser() -> ArgumentParser:
+    """The flags of the command."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
@@ -32,6 +33,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: dict[str, Any]) -> int:
+    """Do it with the flags\' values; the exit code."""
     from epsanet.web.serve import serve
 
     try:

@@ -20,6 +20,7 @@ _HELP = {
 
 
 def parser() -> ArgumentParser:
+    """The flags of the command."""
     from jsonargparse import ArgumentParser
 
     return ArgumentParser(exit_on_error=False)
@@ -69,6 +70,7 @@ def arrange(words: list[str]) -> list[str]:
 
 
 def run(values: dict[str, Any]) -> int:
+    """Do it with the flags\' values; the exit code."""
     part = values["part"]
     given = vars(values[part])
     if part == "cost":

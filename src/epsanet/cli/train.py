@@ -13,6 +13,7 @@ __all__ = ["arrange", "parser", "run"]
 
 
 def parser() -> ArgumentParser:
+    """The flags of the command."""
     from epsanet.tasks.config import recipe_names, train_parser
 
     parser = describe_data(train_parser())
@@ -50,6 +51,7 @@ def _flag_value(words: list[str], place: int) -> str:
 
 
 def run(values: dict[str, Any]) -> int:
+    """Do it with the flags\' values; the exit code."""
     from epsanet._processes import rank
     from epsanet.tasks.config import TrainConfig
     from epsanet.tasks.train import TrainingInterrupted, train
