@@ -163,8 +163,8 @@ def test_two_processes_that_are_killed_and_go_on_end_as_if_they_had_not_been(
 def test_two_processes_have_the_loss_curve_of_one_with_the_same_images_a_step(
     pair: Path, whole: Path, forks: Forks, tiny_run: list[str], tmp_path: Path
 ) -> None:
-    # Layer norms see one image at a time, so that the share of a process makes no difference but rounding; with a smooth
-    # activation, since a ReLU that turns on the last bit makes more of it.
+    # Layer norms see one image at a time, so that the share of a process makes no difference but rounding; the
+    # activation is smooth, since a ReLU that turns on the last bit makes more of it.
     layer_norms = "--model_args={norm_layer: groupnorm1, act_layer: silu}"
     run_to_the_end(forks, [*tiny_run, layer_norms], tmp_path / "one", [])
     run_to_the_end(forks, [*tiny_run, layer_norms, "--data.batch_size=8"], tmp_path / "two", [], size=2)
