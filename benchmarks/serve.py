@@ -208,7 +208,7 @@ def start(models: list[str], log: Path) -> tuple[subprocess.Popen[bytes], str]:
     while not (found := re.search(r"http://[\d.:]+", log.read_text())):
         if server.poll() is not None:
             raise RuntimeError(f"epsanet serve ended: {log.read_text()}")
-        time.sleep(0.2)
+        time.sleep(0.01)
     return server, found[0]
 
 

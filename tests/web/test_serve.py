@@ -77,12 +77,11 @@ def test_without_gradio_the_line_to_install_is_named(
 def test_sigterm_while_somebody_is_connected_ends_it_at_once_and_leaves_nothing(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     (tmp_path / "tmp").mkdir()
-    log = tmp_path / "log"
+    log, (picture,) = tmp_path / "log", load.digits(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(tmp_path / "tmp"))
         server, url = load.start([DIGITS], log)
-    visitor = load.Visitor(url)
-    visitor.upload(load.digits(1)[0])
+    load.Visitor(url).upload(picture)  # at once: the address is said when it can be used
     with socket.create_connection(tuple(url.removeprefix("http://").split(":"))) as line:  # type: ignore[arg-type]
         line.sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         assert line.recv(100).startswith(b"HTTP/1.1 200")

@@ -83,6 +83,7 @@ def _listening(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(place)
+        listener.listen()  # whoever comes before the page is up waits, and is not refused
     except OSError as error:
         listener.close()
         reason = error.strerror or error
