@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from epsanet import cli, evaluate, kernels, predict
 from epsanet.data.config import DataConfig
+from epsanet.data.samples import Samples
+from epsanet.data.sources import open_split
 from epsanet.deploy import export as export_module
 from epsanet.deploy import tune
 from epsanet.deploy.config import ExportConfig
@@ -200,6 +203,39 @@ def test_int8_keeps_the_accuracy_on_the_digits_and_reports_what_the_runtime_does
     assert (found.folder / f"network.{eight_bits}").stat().st_size < 0.6 * (
         bundles[kind].folder / f"network.{eight_bits}"
     ).stat().st_size
+
+
+def test_accuracy_control_keeps_layers_in_float32_until_top1_holds(digits_folder: Path, tmp_path: Path) -> None:
+    """A small network with outliers, on images of which plain int8 takes a third for another class than the network."""
+    loaded = load_model(digits_folder)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    network: Any = nn.Sequential(*layers, nn.Linear(8, 10)).eval()
+    samples, _, _ = open_split(DataConfig(source="digits"), "test", loaded.class_names)
+    assert isinstance(samples, Samples)
+    check = digits("test", loaded, len(samples))
+    with torch.no_grad():
+        network[0].weight[0] *= 30
+        network[-1].bias -= network(check.images).mean(0)
+        expected = network(check.images).argmax(1)
+    network.pretrained_cfg = loaded.model.pretrained_cfg
+    loaded = dataclasses.replace(loaded, model=network)
+    int8 = ExportConfig(format="openvino", int8=True, calibrate="digits", agreement=10)
+    plain = export(loaded, tmp_path / "plain", int8, note=ignore).folder
+    same = bare_openvino(plain, check.images).argmax(1) == expected
+    changed = torch.nonzero(~same)[:10, 0]
+    chosen = torch.cat([changed, torch.nonzero(same)[:20, 0]]).tolist()
+    for position in chosen:
+        place = tmp_path / "images" / str(int(expected[position])) / f"{position}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        samples.open(position).save(place)
+    config = dataclasses.replace(int8, images=str(tmp_path / "images"), accuracy_drop=10)
+    careful = export(loaded, tmp_path / "careful", config, note=ignore).folder
+    answers = bare_openvino(careful, check.images[chosen]).argmax(1)
+    quantised = [(folder / "network.xml").read_text().count('type="FakeQuantize"') for folder in (plain, careful)]
+    assert len(changed) > 6
+    assert (answers == expected[chosen]).double().mean() >= 0.9
+    assert 0 < quantised[1] < quantised[0]
 
 
 def test_forms_that_are_measured_faster_are_taken_with_the_same_answers(

@@ -57,7 +57,7 @@ class Host:
 
 
 @pytest.fixture
-def hosts() -> Iterator[tuple[Host, Host]]:
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
     """Two hosts with a cable between them, which know each other's names; gone afterwards with all that runs there."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("network namespaces need root and iproute2")
@@ -81,6 +81,8 @@ def hosts() -> Iterator[tuple[Host, Host]]:
                 subprocess.run([*inside, "link", "set", device, "up"], check=True)
         yield pair
     finally:
+        for log in sorted(tmp_path.glob("*.log")):
+            print(log.read_text())  # pytest shows it where a test fails
         for place, host in enumerate(pair):
             if Path("/run/netns", host.name).exists():
                 for process in host.processes():
@@ -91,7 +93,8 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 def start_on(hosts: tuple[Host, Host], words: list[str], folder: Path, restarts: int) -> list[subprocess.Popen[bytes]]:
     """What docs/tutorials/scale.md says to type on each machine."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+    torchrun += [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0].name}:29400", "--rdzv-id=mine"]
     torchrun += [f"--max-restarts={restarts}", "-m", "epsanet", *words, "--output", str(folder), "--resume=auto"]
     return [host.start(torchrun, folder.with_name(f"{host.name}.log")) for host in hosts]

@@ -81,16 +81,19 @@ def test_sigterm_while_somebody_is_connected_ends_it_at_once_and_leaves_nothing(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(tmp_path / "tmp"))
         server, url = load.start([DIGITS], log)
-    load.Visitor(url).upload(picture)  # at once: the address is said when it can be used
-    with socket.create_connection(tuple(url.removeprefix("http://").split(":"))) as line:  # type: ignore[arg-type]
-        line.sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        assert line.recv(100).startswith(b"HTTP/1.1 200")
-        server.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        while line.recv(1000):
-            pass
-        assert time.monotonic() - started < 30, "the line was cut"
-    assert server.wait(60) == 128 + signal.SIGTERM
+    try:
+        load.Visitor(url).upload(picture)  # at once: the address is said when it can be used
+        with socket.create_connection(tuple(url.removeprefix("http://").split(":"))) as line:  # type: ignore[arg-type]
+            line.sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert line.recv(100).startswith(b"HTTP/1.1 200")
+            server.send_signal(signal.SIGTERM)
+            started = time.monotonic()
+            while line.recv(1000):
+                pass
+            assert time.monotonic() - started < 30, "the line was cut"
+        assert server.wait(60) == 128 + signal.SIGTERM
+    finally:
+        server.kill()
     assert list((tmp_path / "tmp").iterdir()) == []
     lines = log.read_text().splitlines()
     assert lines == [f"{url}  {DIGITS}", "Ctrl-C ends it"], "and no noise"
