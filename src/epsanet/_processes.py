@@ -17,6 +17,7 @@ __all__ = [
     "OtherProcessError",
     "agree",
     "connected",
+    "cores",
     "first",
     "gather",
     "in_company",
@@ -34,6 +35,11 @@ _LOST = ("onnection closed", "onnection reset", "onnection refused", "roken pipe
 
 class OtherProcessError(ValueError):
     """Another process failed, and says itself why."""
+
+
+def cores() -> list[int]:
+    """Numbers of the cores that this process may use: SLURM, containers and taskset allow fewer than there are."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def connected() -> bool:

@@ -233,11 +233,11 @@ def test_a_folder_that_vanished_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_workers_follow_the_cores_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
     assert worker_count(DataConfig(source="x")) == 6
     assert worker_count(DataConfig(source="x", workers=3)) == 3
     assert worker_count(DataConfig(source="digits")) == 0
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     assert worker_count(DataConfig(source="x")) == 8
 
 

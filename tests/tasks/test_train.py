@@ -399,7 +399,7 @@ def test_a_run_says_what_share_of_a_step_waits_for_images_and_what_to_do(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Clock(monkeypatch)
-    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setattr(callbacks, "_FIRST_STEPS", 10)
     result = train(small(tmp_path / "run", data__batch_size=4, schedule__epochs=2))
     # Four images of 3 s, then a step of 4 s.

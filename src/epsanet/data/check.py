@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image
 
-from epsanet._processes import agree, gather, rank, world_size
+from epsanet._processes import agree, cores, gather, rank, world_size
 from epsanet.data.images import ImageError, image_size, read_image
 from epsanet.data.samples import Samples, Subset
 
@@ -95,7 +94,7 @@ def check_images(
 
     def look_at_share() -> dict[int, tuple[int, int] | str]:
         share, found = range(rank(), len(samples), world_size()), {}
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        with ThreadPoolExecutor(max_workers=len(cores())) as pool:
             for position, result in zip(share, progress(pool.map(look, share), len(share)), strict=True):
                 found[position] = result
                 if isinstance(result, str) and on_bad_image == "raise":

@@ -13,7 +13,6 @@ without objects are kept. A class is its *name*: labels follow the training spli
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from epsanet._processes import cores
 from epsanet.data.check import look_at
 from epsanet.data.config import DataConfig
 from epsanet.data.detection import DetectionSamples, DetectionSplits, Objects, SplitReport
@@ -281,7 +281,7 @@ def check_coco(
     """
     sizes: list[tuple[int, int]] = []
     kept: list[int] = []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=len(cores())) as pool:
         looked = pool.map(lambda place: look_at(lambda: samples.path(place), config.check), range(len(samples)))
         for position, size in enumerate(progress(looked, len(samples))):
             if _image_is_good(samples, position, size):

@@ -8,7 +8,6 @@ neither depends on the number of workers, nor on where a run was interrupted. Se
 from __future__ import annotations
 
 import logging
-import os
 import random
 import signal
 import time
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision import transforms
 
-from epsanet._processes import rank, world_size
+from epsanet._processes import cores, rank, world_size
 from epsanet.data.config import DataConfig
 from epsanet.data.images import ImageError, read_image
 from epsanet.data.samples import Samples
@@ -252,7 +251,7 @@ def worker_count(config: DataConfig) -> int:
     """Loader processes: the configured number, else one a core up to 8, none for the digits, which lie in memory."""
     if config.workers is not None:
         return config.workers
-    return 0 if config.source in ("digits", "digits-detection") else min(os.cpu_count() or 1, 8)
+    return 0 if config.source in ("digits", "digits-detection") else min(len(cores()), 8)
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:

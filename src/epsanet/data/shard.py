@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import tarfile
 from collections import deque
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from epsanet._files import atomic_folder
+from epsanet._processes import cores
 from epsanet.data.config import DataConfig
 from epsanet.data.images import ImageError, read_image
 from epsanet.data.samples import Samples
@@ -122,7 +122,7 @@ def _pack(
 
 def _pack_shard(path: Path, samples: Samples, positions: list[int], number: int) -> Iterator[tuple[str, str]]:
     """Write one shard; the name of each image, and why it was left out."""
-    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    pool = ThreadPoolExecutor(max_workers=len(cores()))
     try:
         with tarfile.open(path, "w") as tar:
             contents = pool.map(partial(_content, samples), positions)

@@ -31,6 +31,7 @@ from typing import Any
 import yaml
 
 from epsanet._files import atomic_file
+from epsanet._processes import cores
 from epsanet.study.config import StudyConfig
 from epsanet.study.rows import Row
 from epsanet.tasks.config import TrainConfig
@@ -108,16 +109,15 @@ def run_study(kind: str, study: StudyConfig, train: TrainConfig, rows: Sequence[
     """
     if train.output is None:
         raise ValueError("a study needs --output, its folder; the same command goes on with it")
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    if study.at_once > len(cores):
-        raise ValueError(f"at_once={study.at_once} is more than the {counted(len(cores), 'core')} of this process")
+    if study.at_once > len(cores()):
+        raise ValueError(f"at_once={study.at_once} is more than the {counted(len(cores()), 'core')} of this process")
     folder = Path(train.output).resolve()
     with _alone(folder):
         _write_study(folder, kind, study, train)
         runs = [StudyRun(folder=folder, row=row, seed=seed) for seed in range(study.seeds) for row in rows]
         for run in runs:
             _write_config(run, train)
-        failed = _Crew(runs, train.schedule.epochs, study.at_once, cores).work()
+        failed = _Crew(runs, train.schedule.epochs, study.at_once, cores()).work()
         table = _write_table(folder)
     if failed:
         raise ValueError(
@@ -235,12 +235,12 @@ class _Crew:
         runs: all of the study, finished ones too.
         epochs: of each.
         at_once: processes.
-        cores: that they share.
+        numbers: of the cores that they share.
     """
 
-    def __init__(self, runs: list[StudyRun], epochs: int, at_once: int, cores: list[int]) -> None:
+    def __init__(self, runs: list[StudyRun], epochs: int, at_once: int, numbers: list[int]) -> None:
         self.runs, self.epochs = runs, epochs
-        self.shares = [cores[place::at_once] for place in range(at_once)]
+        self.shares = [numbers[place::at_once] for place in range(at_once)]
         self.waiting = [run for run in runs if not run.result.is_file()]
         self.working: list[_Working] = []
         self.failed: list[str] = []
@@ -287,7 +287,7 @@ class _Crew:
                 self.working.append(self._begin(self.waiting.pop(0), place))
 
     def _begin(self, run: StudyRun, place: int) -> _Working:
-        cores = self.shares[place]
+        share = self.shares[place]
         log = run.folder / "logs" / f"{run.name}.log"
         log.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "epsanet.study.worker", str(_worker_file(run)), str(run.result)]
@@ -297,11 +297,11 @@ class _Crew:
                 stdin=subprocess.PIPE,  # its end tells the run that the study is gone
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(len(cores)), **os.environ},
+                env={"OMP_NUM_THREADS": str(len(share)), **os.environ},
                 start_new_session=True,  # Ctrl-C comes here alone
             )
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(process.pid, cores)
+            os.sched_setaffinity(process.pid, share)
         return _Working(run=run, process=process, place=place)
 
     def _collect(self) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
+from epsanet._processes import cores
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import worker_count
 from epsanet.data.streams import Stream
@@ -70,11 +70,11 @@ def data_advice(share: float, data: DataConfig) -> str:
         share: of the time of a step that is spent waiting, 0 to 1.
         data: how images are loaded.
     """
-    workers, cores = worker_count(data), os.cpu_count() or 1
-    if workers < cores:
-        advice = f"more loader processes may help: --data.workers {cores}"
+    workers, available = worker_count(data), len(cores())
+    if workers < available:
+        advice = f"more loader processes may help: --data.workers {available}"
     else:
-        advice = f"{counted(cores, 'core')} cannot load faster; images stored at about the input size decode faster"
+        advice = f"{counted(available, 'core')} cannot load faster; images stored at about the input size decode faster"
     return f"{100 * share:.0f} % of the time of a step is spent waiting for images; {advice}"
 
 
