@@ -14,11 +14,11 @@ import io
 import json
 import os
 import re
-import resource
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -247,9 +247,16 @@ def _forward(model: str, pictures: list[bytes]) -> tuple[list[str], list[float]]
     return names, seconds
 
 
-def _memory(process: int) -> int:
-    """Resident bytes of a process."""
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
+def _memory(process: int) -> tuple[int, int]:
+    """Resident bytes of a process, and the most that they were."""
+    status = Path(f"/proc/{process}/status").read_text()
+    now, most = (int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, most
+
+
+def _disk(folder: str) -> int:
+    """Bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
 def main() -> None:
@@ -260,21 +267,28 @@ def main() -> None:
     chosen = parser.parse_args()
     pictures = digits(200)
     expected, alone = _forward(chosen.model, pictures)
-    log = Path(f"serve-{os.getpid()}.log")
-    server, url = start([chosen.model], log)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["TMPDIR"] = scratch  # where the server keeps what is uploaded
+        _measure(chosen, pictures, expected, alone, scratch)
+
+
+def _measure(
+    chosen: argparse.Namespace, pictures: list[bytes], expected: list[str], alone: list[float], scratch: str
+) -> None:
+    server, url = start([chosen.model], Path(scratch) / "log")
     try:
         name = Path(chosen.model).name
-        before = _memory(server.pid)
+        before, _ = _memory(server.pid)
         found = load(url, name, pictures, expected, chosen.clients, chosen.requests)
+        disk = _disk(scratch)
         refusals, answered = overflow(url, name, pictures[0], 120)
         time.sleep(10)
         started = time.perf_counter()
         Visitor(url).use("predict", pictures[0], name, 0.5)
-        healthy, after = time.perf_counter() - started, _memory(server.pid)
+        healthy, (after, most) = time.perf_counter() - started, _memory(server.pid)
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()
-        log.unlink()
     p50, p95 = (statistics.quantiles(found.seconds, n=100)[place - 1] for place in (50, 95))
     print(f"| {chosen.clients} clients, {chosen.requests:,} requests | |\n|---|---:|")
     print(f"| answers lost or of another picture | {found.wrong} |")
@@ -290,7 +304,8 @@ def main() -> None:
         f"{1e3 * max(refusals, default=0):.0f} |"
     )
     print(f"| one picture ten seconds later [ms] | {1e3 * healthy:.0f} |")
-    print(f"| resident memory before, after [MB] | {before / 1e6:.0f}, {after / 1e6:.0f} |")
+    print(f"| resident memory before, at most, after [MB] | {before / 1e6:.0f}, {most / 1e6:.0f}, {after / 1e6:.0f} |")
+    print(f"| files of the server after the load, after its end [MB] | {disk / 1e6:.1f}, {_disk(scratch) / 1e6:.1f} |")
 
 
 if __name__ == "__main__":
