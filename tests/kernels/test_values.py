@@ -137,6 +137,16 @@ def test_sizes_from_one_pixel_to_many_bands_agree(size: tuple[int, int]) -> None
     check_against_float64(Layer(16, 16, (3, 5, 7, 9), (1, 4, 4, 4), 1, False), 9, *size)
 
 
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
+@pytest.mark.usefixtures("instruction_set")
+def test_maps_as_high_as_the_kernel_and_narrower_agree(kernel_size: int) -> None:
+    """As many taps as whole rows of the kernel would have, but of rows that are not whole."""
+    torch.manual_seed(0)
+    for width in range(1, kernel_size + 1):
+        for batch in (1, 9):
+            check_against_float64(Layer(2, 2, (kernel_size,), (1,), 1, False), batch, kernel_size, width)
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("threads_used", [1, 2, 3, 4])
 def test_batches_of_1_to_33_agree_on_any_number_of_threads(threads_used: int) -> None:

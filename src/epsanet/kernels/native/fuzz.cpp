@@ -41,20 +41,85 @@ std::vector<std::int32_t> order_of(int channels, const std::vector<BranchShape> 
     return order;
 }
 
-double plain_forward(const Problem &problem, const float *x, float *const *weights, int b, int out, int row, int column) {
-    const Branch &branch = problem.branches[b];
-    const int seen = branch.in_channels / branch.groups, made = branch.out_channels / branch.groups;
-    double sum = 0;
-    for (int in = 0; in < seen; ++in)
+// A value as plain loops have it, and the sum of its terms' sizes, by which its rounding is judged.
+struct Plain {
+    double value = 0, size = 0;
+    void add(double term) { value += term, size += std::fabs(term); }
+    bool agrees(float found) const { return std::fabs(found - value) < 1e-5 * size + 1e-4; }
+};
+
+// The tensors of a call, in natural order.
+struct Call {
+    const Problem &problem;
+    const float *x, *dy, *added;
+    const std::vector<float *> &weights;
+
+    int seen(const Branch &branch) const { return branch.in_channels / branch.groups; }
+    // Calls visit(row and column of the input, place of the weight) for every weight that meets an output pixel.
+    template <class Visit> void each_tap(const Branch &branch, int out, int row, int column, int in, const Visit &visit) const {
         for (int ky = 0; ky < branch.kernel; ++ky)
             for (int kx = 0; kx < branch.kernel; ++kx) {
                 const int y = row * problem.stride + ky - branch.kernel / 2, at = column * problem.stride + kx - branch.kernel / 2;
                 if (y < 0 || y >= problem.height || at < 0 || at >= problem.width) continue;
-                const int channel = branch.in_offset + out / made * seen + in;
-                sum += double(x[(std::ptrdiff_t(y) * problem.width + at) * problem.in_channels + channel]) *
-                       weights[b][((std::ptrdiff_t(out) * seen + in) * branch.kernel + ky) * branch.kernel + kx];
+                visit(y, at, ((std::ptrdiff_t(out) * seen(branch) + in) * branch.kernel + ky) * branch.kernel + kx);
             }
-    return sum;
+    }
+    int channel_of(const Branch &branch, int out, int in) const {
+        return branch.in_offset + out / (branch.out_channels / branch.groups) * seen(branch) + in;
+    }
+    double input(int image, int row, int column, int channel) const {
+        return x[((std::ptrdiff_t(image) * problem.height + row) * problem.width + column) * problem.in_channels + channel];
+    }
+    double result_gradient(int image, int row, int column, int channel) const {
+        const double own = dy[((std::ptrdiff_t(image) * problem.out_height + row) * problem.out_width + column) * problem.out_channels + channel];
+        return own + (added ? added[std::ptrdiff_t(image) * problem.out_channels + channel] : 0);
+    }
+
+    Plain forward(int b, int image, int row, int column, int out) const {
+        const Branch &branch = problem.branches[b];
+        Plain sum;
+        for (int in = 0; in < seen(branch); ++in)
+            each_tap(branch, out, row, column, in, [&](int y, int at, std::ptrdiff_t place) {
+                sum.add(input(image, y, at, channel_of(branch, out, in)) * weights[b][place]);
+            });
+        return sum;
+    }
+    Plain input_gradient(int image, int row, int column, int channel) const {
+        Plain sum;
+        for (int b = 0; b < problem.branch_count; ++b) {
+            const Branch &branch = problem.branches[b];
+            for (int out = 0; out < branch.out_channels; ++out) {
+                const int in = channel - channel_of(branch, out, 0);
+                if (in < 0 || in >= seen(branch)) continue;
+                for (int y = 0; y < problem.out_height; ++y)
+                    for (int at = 0; at < problem.out_width; ++at)
+                        each_tap(branch, out, y, at, in, [&](int to_row, int to_column, std::ptrdiff_t place) {
+                            if (to_row == row && to_column == column)
+                                sum.add(result_gradient(image, y, at, branch.out_offset + out) * weights[b][place]);
+                        });
+            }
+        }
+        return sum;
+    }
+    Plain weight_gradient(int b, std::ptrdiff_t wanted) const {
+        const Branch &branch = problem.branches[b];
+        const int filter = branch.kernel * branch.kernel, in = int(wanted / filter) % seen(branch), out = int(wanted / filter) / seen(branch);
+        Plain sum;
+        for (int image = 0; image < problem.batch; ++image)
+            for (int y = 0; y < problem.out_height; ++y)
+                for (int at = 0; at < problem.out_width; ++at)
+                    each_tap(branch, out, y, at, in, [&](int row, int column, std::ptrdiff_t place) {
+                        if (place == wanted)
+                            sum.add(input(image, row, column, channel_of(branch, out, in)) * result_gradient(image, y, at, branch.out_offset + out));
+                    });
+        return sum;
+    }
+};
+
+bool wrong(long call, const char *what, const Plain &expected, float found) {
+    if (expected.agrees(found)) return false;
+    std::fprintf(stderr, "call %ld, %s: %g instead of %g\n", call, what, found, expected.value);
+    return true;
 }
 
 }  // namespace
@@ -96,16 +161,11 @@ int main(int count, char **arguments) {
         pack_weights(problem, Direction::forward, weight_pointers.data(), packed.get(), threads);
         pack_weights(problem, Direction::backward, weight_pointers.data(), packed_back.get(), threads);
         forward(problem, x.get(), packed.get(), y.get(), sums.get(), threads);
-        if (!ordered) {
-            const int b = pick(0, problem.branch_count - 1), out = pick(0, out_channels / share - 1);
-            const int row = pick(0, problem.out_height - 1), column = pick(0, problem.out_width - 1);
-            const double expected = plain_forward(problem, x.get(), weight_pointers.data(), b, out, row, column);
-            const double value = y.get()[(std::ptrdiff_t(row) * problem.out_width + column) * out_channels + problem.branches[b].out_offset + out];
-            if (!(std::fabs(value - expected) < 1e-3)) {
-                std::fprintf(stderr, "call %ld: %g instead of %g\n", call, value, expected);
-                return 1;
-            }
-        }
+        const int b = pick(0, problem.branch_count - 1), out = pick(0, out_channels / share - 1), image = pick(0, batch - 1);
+        const int row = pick(0, problem.out_height - 1), column = pick(0, problem.out_width - 1);
+        const std::ptrdiff_t result = ((std::ptrdiff_t(image) * problem.out_height + row) * problem.out_width + column) * out_channels + problem.branches[b].out_offset + out;
+        Call plain{problem, x.get(), dy.get(), nullptr, weight_pointers};
+        if (!ordered && wrong(call, "forward", plain.forward(b, image, row, column, out), y.get()[result])) return 1;
         if (ordered) {
             Floats bias(out_channels, pick(0, 15), random);
             Problem finished = problem;
@@ -117,6 +177,13 @@ int main(int count, char **arguments) {
         const float *add = pick(0, 1) ? sums.get() : nullptr;
         input_gradient(problem, dy.get(), add, packed_back.get(), dx.get(), threads);
         weight_gradient(problem, x.get(), dy.get(), add, gradient_pointers.data(), threads);
+        plain.added = add;
+        const int source_row = pick(0, height - 1), source_column = pick(0, width - 1), channel = pick(0, in_channels - 1);
+        const std::ptrdiff_t source = ((std::ptrdiff_t(image) * height + source_row) * width + source_column) * in_channels + channel;
+        const int weight = pick(0, problem.branches[b].out_channels * plain.seen(problem.branches[b]) * problem.branches[b].kernel * problem.branches[b].kernel - 1);
+        if (!ordered && (wrong(call, "input gradient", plain.input_gradient(image, source_row, source_column, channel), dx.get()[source]) ||
+                         wrong(call, "weight gradient", plain.weight_gradient(b, weight), gradient_pointers[b][weight])))
+            return 1;
         const int channels = out_channels / share, hidden = pick(1, 3);
         Floats fc1(std::size_t(hidden) * channels + hidden, pick(0, 15), random);
         Floats fc2(std::size_t(hidden) * channels + channels, pick(0, 15), random);

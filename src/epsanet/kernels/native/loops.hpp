@@ -440,8 +440,13 @@ void convolve(const Problem &problem, const Branch &branch, Direction direction,
                             float *to = result + outer * result_outer + block * result_block +
                                         (row - result_grid.first_row) * result_grid.row +
                                         (phase + Offset(first) * phases) * result_grid.pixel;
+                            // The same columns of all rows of the kernel: all of them where as many taps follow
+                            // one another.
+                            const bool whole_rows =
+                                tap_count >= kernel &&
+                                taps[kernel - 1].weights - taps[0].weights == (kernel - 1) * weights_tap;
                             const AccumulateRows run_rows =
-                                problem.stride == 1 && tap_count % kernel == 0 && (blocks == 1 || count >= 7)
+                                problem.stride == 1 && whole_rows && (blocks == 1 || count >= 7)
                                     ? accumulate_rows_of(layout, kernel, count)
                                     : nullptr;
                             if (run_rows) {
