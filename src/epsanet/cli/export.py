@@ -36,31 +36,31 @@ def parser() -> ArgumentParser:
 def run(values: dict[str, Any]) -> int:
     """Do it with the flags\' values; the exit code."""
     from epsanet.deploy.config import ExportConfig
+    from epsanet.deploy.detection import export_detector
     from epsanet.deploy.export import export
+    from epsanet.network.detectors import load_detector
     from epsanet.network.model_folder import is_detector
     from epsanet.network.weights import load_model
     from epsanet.tasks.console import console, messages, track
 
     output, source = values.pop("output"), values.pop("model")
     config = ExportConfig(**values)
+    told: dict[str, Any] = {"progress": track, "note": messages.print}
     if is_detector(source):
-        raise ValueError(f"{source} holds a detector, which cannot be exported yet; epsanet predict and serve run it")
-    loaded = load_model(source)
-    if output is None:
-        output = f"{loaded.architecture}-{config.format}{'-int8' if config.int8 else ''}"
-    result = export(
-        loaded,
-        output,
-        config,
-        progress=track,
-        note=messages.print,
-    )
+        detector = load_detector(source)
+        output = output or f"{detector.model.config.architecture}-{config.format}"
+        result = export_detector(detector, output, config, **told)
+        sizes = "an image at a time, of any size"
+    else:
+        loaded = load_model(source)
+        output = output or f"{loaded.architecture}-{config.format}{'-int8' if config.int8 else ''}"
+        result = export(loaded, output, config, **told)
+        sizes = "any number and size of images" if result.dynamic_size else "any number of images, of one size"
     for batch, (before, after) in result.milliseconds.items():
         console.print(f"batch {batch}: {before:.2f} ms an image as it is, {after:.2f} ms tuned")
     if config.tune:
         console.print(f"tuned: {len(result.forms)} PSA modules take another form")
     console.print(str(result.agreement))
-    sizes = "any number and size of images" if result.dynamic_size else "any number of images, of one size"
     console.print(f"{result.folder}: {result.bytes / 1e6:.2f} MB, {sizes}")
     console.print(f"predict   epsanet predict {shlex.quote(str(output))} IMAGES")
     return 0

@@ -17,7 +17,8 @@ class ExportConfig:
     format: Format = "onnx"
     """onnx (ONNX Runtime and others), openvino (Intel's, also fast on other CPUs) or pt2 (torch.export)."""
     images: str | None = None
-    """Images to check with, or a data set as --data takes it; those of --calibrate, or included ones, when left out."""
+    """Images to check with, or a data set as --data takes it (for a detector a folder); those of --calibrate, or
+    included ones, when left out."""
     int8: bool = False
     """Quantise to eight bits; needs --calibrate."""
     calibrate: str | None = None
@@ -27,9 +28,10 @@ class ExportConfig:
     tune: bool = False
     """Measure which form of each grouped convolution is fastest in the runtime on this machine."""
     tolerance: float | None = None
-    """Largest accepted difference of a probability; 0.0001, or any with --int8."""
+    """Largest accepted difference of a probability; 0.0001, or any with --int8. Of a detection's score; 0.001."""
     agreement: float | None = None
-    """Least accepted share of images with the same top class, in percent; 99, or 95 with --int8."""
+    """Least accepted share of images with the same top class, in percent; 99, or 95 with --int8. Of detections that are
+    found again; 99."""
 
     def __post_init__(self) -> None:
         if self.format not in get_args(Format):

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epsanet._files import atomic_folder
-from epsanet._optional import require, without_telemetry
 from epsanet.deploy.config import ExportConfig
+from epsanet.deploy.detection_agreement import DetectionAgreement
 from epsanet.deploy.images import CALIBRATION_IMAGES, RealImages, included_images, open_images
 from epsanet.deploy.portable import portable, reference_logits
 from epsanet.deploy.quantize import quantize_onnx, quantize_openvino
 from epsanet.deploy.tune import TUNED_BATCHES, Progress, best_forms, race
+from epsanet.deploy.write import (
+    check_place,
+    exported_program,
+    read_openvino,
+    save_openvino,
+    write_bundle,
+    write_onnx,
+    write_pt2,
+)
 from epsanet.network.bundle import BUNDLE_NAME, NETWORK_NAMES, RuntimeNetwork, open_runtime
 from epsanet.network.weights import LoadedModel, load_model
 
-__all__ = ["Agreement", "Exported", "compare", "export"]
+__all__ = ["Agreement", "Exported", "compare", "export", "unseen"]
 
-_NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "pt2": ()}
 _BATCH = 16
 
 
@@ -62,13 +67,13 @@ class Exported:
     """The bundle."""
     bytes: int
     """Of the network."""
-    agreement: Agreement
+    agreement: Agreement | DetectionAgreement
     """With the original."""
     dynamic_size: bool
     """Whether other heights and widths than the network's own are taken."""
-    forms: Mapping[str, Sequence[int]]
+    forms: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Groups of each branch by PSA module, where they were tuned and changed."""
-    milliseconds: Mapping[int, tuple[float, float]]
+    milliseconds: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     """Time of an image before and after tuning, by batch."""
 
 
@@ -97,7 +102,7 @@ def compare(expected: Tensor, logits: Tensor, labels: Tensor) -> Agreement:
     )
 
 
-def _unseen(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:  # noqa: ARG001
+def unseen(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:  # noqa: ARG001
     return items
 
 
@@ -106,7 +111,7 @@ def export(
     folder: str | Path,
     config: ExportConfig,
     *,
-    progress: Progress = _unseen,
+    progress: Progress = unseen,
     note: Callable[[str], None] = print,
 ) -> Exported:
     """Write a network for another runtime as a bundle, whole or not at all.
@@ -126,10 +131,7 @@ def export(
             whose answers differ by more than accepted.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / BUNDLE_NAME).is_file():
-        raise ValueError(f"{folder} is there and no bundle; name another folder with --output")
-    for library in _NEEDED[config.format]:
-        require(library, "deploy")
+    check_place(folder, config.format)
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     if isinstance(loaded.model, RuntimeNetwork):
         raise ValueError("this is an exported bundle already; give the model folder that it was made from")
@@ -162,14 +164,10 @@ def export(
         agreement = compare(expected, logits, check.labels)
         _accept(agreement, config)
         described = _description(config, loaded, writer.dynamic_size, agreement)
-        with atomic_folder(folder) as temporary:
-            for file in path.parent.iterdir():
-                (temporary / file.name).write_bytes(file.read_bytes())
-            (temporary / BUNDLE_NAME).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
-            (temporary / "README.md").write_text(_readme(described, agreement), encoding="utf-8")
+        written = write_bundle(folder, list(path.parent.iterdir()), described, _readme(described, agreement))
     return Exported(
         folder=folder,
-        bytes=sum(file.stat().st_size for file in folder.glob("network.*")),
+        bytes=written,
         agreement=agreement,
         dynamic_size=writer.dynamic_size,
         forms=forms,
@@ -279,11 +277,10 @@ class _Writer:
         folder.mkdir()
         path = folder / NETWORK_NAMES[self.config.format]
         if self.config.format == "pt2":
-            program.example_inputs = None
-            torch.export.save(program, path)
+            write_pt2(program, path)
             return path
         onnx_path = self.scratch / f"{title}.onnx"
-        self._write_onnx(program, onnx_path)
+        write_onnx(program, onnx_path, self.metadata, {"logits": "N"})
         if self.config.format == "openvino":
             self._write_openvino(onnx_path, path)
         elif self.calibration is not None:
@@ -295,60 +292,17 @@ class _Writer:
     def _program(self, network: nn.Module) -> torch.export.ExportedProgram:
         """Any number of images, and any size where the network allows."""
         example = self.check.images[:2] if len(self.check) > 1 else self.check.images.repeat(2, 1, 1, 1)
-        example, some = example.clone(), torch.export.Dim.DYNAMIC
-        for axes in ((0, 2, 3), (0,)):
-            self.dynamic_size = len(axes) > 1
-            try:
-                with torch.inference_mode(False), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    program = torch.export.export(network, (example,), dynamic_shapes=(dict.fromkeys(axes, some),))
-                if self.dynamic_size:  # torch may hold "any size" that has one area
-                    program.module()(torch.zeros(3, 3, example.shape[2] + 32, example.shape[3] + 64))
-                return program
-            except (
-                RuntimeError,
-                ValueError,
-                TypeError,
-                AssertionError,
-                torch._dynamo.exc.TorchDynamoException,
-            ) as error:
-                reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"torch.export cannot hold this network: {reason}")
-
-    def _write_onnx(self, program: torch.export.ExportedProgram, path: Path) -> None:
-        import onnx
-
-        logger = logging.getLogger("torch.onnx")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
+        height, width = example.shape[2:]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                written = torch.onnx.export(
-                    program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
-                )
-        finally:
-            logger.setLevel(level)
-        assert written is not None
-        model = written.model_proto
-        for value in (*model.graph.input, *model.graph.output, *model.graph.node, *model.graph.value_info):
-            del value.metadata_props[:]  # traces of this machine's file names
-        names = ["N", "3", "H", "W"]
-        for axis, dimension in enumerate(model.graph.input[0].type.tensor_type.shape.dim):
-            if dimension.HasField("dim_param"):
-                dimension.dim_param = names[axis]
-        model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = names[0]
-        del model.graph.value_info[:]
-        onnx.helper.set_model_props(model, self.metadata)
-        path.write_bytes(model.SerializeToString())
+            self.dynamic_size = True
+            other = torch.zeros(3, 3, height + 32, width + 64)  # torch may hold "any size" that has one area
+            return exported_program(network, example.clone(), (0, 2, 3), other)
+        except ValueError:
+            self.dynamic_size = False
+            return exported_program(network, example.clone(), (0,))
 
     def _write_openvino(self, source: Path, path: Path) -> None:
-        without_telemetry()
-        import openvino
-
-        network = openvino.Core().read_model(source)
+        network = read_openvino(source)
         if self.calibration is not None:
             network = quantize_openvino(network, self.calibration, self.config.accuracy_drop, self.check)
-        for key, value in self.metadata.items():
-            network.set_rt_info(value, ["epsanet", key])
-        openvino.save_model(network, path, compress_to_fp16=False)
+        save_openvino(network, path, self.metadata)

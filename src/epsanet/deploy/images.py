@@ -18,7 +18,7 @@ from epsanet.data.samples import DigitsSamples, Samples
 from epsanet.data.sources import open_split
 from epsanet.data.streams import Stream
 
-__all__ = ["CALIBRATION_IMAGES", "RealImages", "included_images", "open_images"]
+__all__ = ["CALIBRATION_IMAGES", "RealImages", "included_images", "open_images", "photographs"]
 
 MOST_IMAGES = 500
 """Of a data set, to check with; they are kept in memory."""
@@ -75,6 +75,13 @@ class _Unlabelled(Samples):
 
 def included_images(data_config: dict[str, Any]) -> RealImages:
     """The images that need no download: scikit-learn's two photographs, their quarters, and some of its digits."""
+    digits = DigitsSamples()
+    pictures = [*photographs(), *(digits.open(position) for position in range(22))]
+    return RealImages(_Unlabelled(pictures), data_config)
+
+
+def photographs() -> list[Image.Image]:
+    """scikit-learn's two photographs, and their quarters."""
     from sklearn.datasets import load_sample_images
 
     pictures: list[Image.Image] = []
@@ -82,9 +89,7 @@ def included_images(data_config: dict[str, Any]) -> RealImages:
         width, height = photograph.width // 2, photograph.height // 2
         corners = [(left, top) for left in (0, width) for top in (0, height)]
         pictures += [photograph, *(photograph.crop((x, y, x + width, y + height)) for x, y in corners)]
-    digits = DigitsSamples()
-    pictures += [digits.open(position) for position in range(22)]
-    return RealImages(_Unlabelled(pictures), data_config)
+    return pictures
 
 
 def open_images(

@@ -1,7 +1,7 @@
 """Bundles: an exported network with its preprocessing and class names, run by the runtime that its format needs.
 
 A **bundle** is a folder of ``bundle.json`` and one network, ``network.onnx``, ``network.xml`` with ``network.bin``, or
-``network.pt2``; ``epsanet export`` writes it and ``load_model`` reads it. It may come from anywhere:
+``network.pt2``; ``epsanet export`` writes it, ``load_model`` and ``load_detector`` read it. It may come from anywhere:
 ``bundle_checks`` looks at it before a runtime does. Runtimes run on the CPU, in float32 (and int8 where the network
 has it).
 """
@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,27 @@ from torch import Tensor, nn
 from epsanet._optional import require, without_telemetry
 from epsanet.network import bundle_checks
 from epsanet.network.bundle_checks import first_line
+from epsanet.network.detector_config import Architecture
+from epsanet.network.model_folder import BUNDLE_NAME, DETECTION, NETWORK_NAMES
 
-__all__ = ["BUNDLE_NAME", "NETWORK_NAMES", "RuntimeNetwork", "open_runtime", "read_bundle"]
+__all__ = [
+    "BUNDLE_NAME",
+    "DETECTIONS",
+    "NETWORK_NAMES",
+    "RuntimeNetwork",
+    "open_outputs",
+    "open_runtime",
+    "read_bundle",
+    "read_detector_bundle",
+    "runtime_outputs",
+]
 
-BUNDLE_NAME = "bundle.json"
-NETWORK_NAMES = {"onnx": "network.onnx", "openvino": "network.xml", "pt2": "network.pt2"}
-"""Formats, and the file that holds the network in each."""
+DETECTIONS = ("boxes", "scores", "labels", "masks")
+"""What a detector gives, in this order; masks where its architecture has them."""
 _KEYS = ("format", "architecture", "int8", "dynamic_size", "label_names", "data_config")
+
+Run = Callable[[Tensor], list[Tensor]]
+"""From images to the outputs of a network."""
 
 
 class RuntimeNetwork(nn.Module):
@@ -57,17 +71,26 @@ class RuntimeNetwork(nn.Module):
         height, width = x_NCHW.shape[2:]
         if self.size is not None and (height, width) != self.size:
             raise ValueError(f"this bundle takes {self.size[0]}×{self.size[1]} pixels only, not {height}×{width}")
-        try:
-            logits = self.run(x_NCHW.detach().float().cpu().contiguous())
-        except _runtime_errors() as error:
-            raise ValueError(f"the runtime failed at {tuple(x_NCHW.shape)}: {first_line(error)}") from error
+        logits = runtime_outputs(self.run, x_NCHW)
         if logits.shape != (len(x_NCHW), self.num_classes):
             raise ValueError(f"the network gives {tuple(logits.shape)}, not one of {self.num_classes} classes an image")
         return logits.to(x_NCHW.device)
 
 
+def runtime_outputs(run: Callable[[Tensor], Any], x_NCHW: Tensor) -> Any:
+    """What a runtime gives for images from anywhere.
+
+    Raises:
+        ValueError: when it fails.
+    """
+    try:
+        return run(x_NCHW.detach().float().cpu().contiguous())
+    except _runtime_errors() as error:
+        raise ValueError(f"the runtime failed at {tuple(x_NCHW.shape)}: {first_line(error)}") from error
+
+
 def read_bundle(folder: Path) -> tuple[RuntimeNetwork, dict[str, Any]]:
-    """Open a bundle.
+    """Open the bundle of a classifier.
 
     Args:
         folder: with ``bundle.json``.
@@ -76,14 +99,39 @@ def read_bundle(folder: Path) -> tuple[RuntimeNetwork, dict[str, Any]]:
         The network, and what ``bundle.json`` says: ``label_names``, ``data_config`` and the like.
 
     Raises:
-        ValueError: when it is damaged, may do harm, or its runtime is not installed.
+        ValueError: when it is damaged, may do harm, holds a detector, or its runtime is not installed.
     """
     description = _read_description(folder)
+    if description.get("task") == DETECTION:
+        raise ValueError(f"{folder} holds a detector; epsanet.load_detector reads it")
     path = folder / NETWORK_NAMES[description["format"]]
     _, height, width = description["data_config"]["input_size"]
     run = open_runtime(description["format"], path, (1, *description["data_config"]["input_size"]))
     fixed = None if description["dynamic_size"] else (height, width)
     return RuntimeNetwork(run, len(description["label_names"]), fixed, _digest(path)), description
+
+
+def read_detector_bundle(folder: Path) -> tuple[Run, bytes, dict[str, Any]]:
+    """Open the bundle of a detector.
+
+    Args:
+        folder: with ``bundle.json``.
+
+    Returns:
+        What gives ``DETECTIONS`` of an image of shape ``1, 3, H, W``, the digest of its files, and what
+        ``bundle.json`` says.
+
+    Raises:
+        ValueError: when it is damaged, may do harm, holds no detector, or its runtime is not installed.
+    """
+    description = _read_description(folder)
+    if description.get("task") != DETECTION:
+        raise ValueError(f"{folder} holds a classifier; epsanet.load_model reads it")
+    path = folder / NETWORK_NAMES[description["format"]]
+    data = description["data_config"]
+    outputs = len(DETECTIONS) - (description["architecture"] != "mask_rcnn")
+    run = open_outputs(description["format"], path, (1, 3, data["min_size"], data["max_size"]), outputs)
+    return run, _digest(path), description
 
 
 def _digest(path: Path) -> bytes:
@@ -121,15 +169,6 @@ def _wrong_with(description: Any) -> str:
     data = description["data_config"]
     if not isinstance(data, dict):
         return "data_config is no mapping"
-    size = data.get("input_size")
-    if not (
-        isinstance(size, list)
-        and len(size) == 3
-        and all(type(number) is int for number in size)
-        and size[0] == 3
-        and 1 <= min(size[1:]) <= max(size[1:]) <= bundle_checks.MOST_PIXELS_A_SIDE
-    ):
-        return f"input_size={size!r} is not 3, height, width up to {bundle_checks.MOST_PIXELS_A_SIDE}"
     for key in ("mean", "std"):
         numbers = data.get(key)
         if not (
@@ -140,6 +179,30 @@ def _wrong_with(description: Any) -> str:
             return f"{key}={numbers!r} is not three numbers"
     if min(data["std"]) <= 0:
         return f"std={data['std']!r} is not positive"
+    return _wrong_with_detector(description) if description.get("task") == DETECTION else _wrong_with_classifier(data)
+
+
+def _wrong_with_detector(description: dict[str, Any]) -> str:
+    if description["architecture"] not in get_args(Architecture):
+        return f"architecture {description['architecture']!r} is none of {', '.join(get_args(Architecture))}"
+    sizes = [description["data_config"].get(key) for key in ("min_size", "max_size")]
+    if not (
+        all(type(number) is int for number in sizes) and 16 <= sizes[0] <= sizes[1] <= bundle_checks.MOST_PIXELS_A_SIDE
+    ):
+        return f"min_size, max_size={sizes!r} are not 16 to {bundle_checks.MOST_PIXELS_A_SIDE} pixels, rising"
+    return ""
+
+
+def _wrong_with_classifier(data: dict[str, Any]) -> str:
+    size = data.get("input_size")
+    if not (
+        isinstance(size, list)
+        and len(size) == 3
+        and all(type(number) is int for number in size)
+        and size[0] == 3
+        and 1 <= min(size[1:]) <= max(size[1:]) <= bundle_checks.MOST_PIXELS_A_SIDE
+    ):
+        return f"input_size={size!r} is not 3, height, width up to {bundle_checks.MOST_PIXELS_A_SIDE}"
     if type(data.get("crop_pct")) not in (int, float) or not 0.01 <= data["crop_pct"] <= 1:
         return f"crop_pct={data.get('crop_pct')!r} is no share"
     if data.get("interpolation") not in ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"):
@@ -160,8 +223,24 @@ def open_runtime(kind: str, path: Path, shape: tuple[int, ...]) -> Callable[[Ten
     Raises:
         ValueError: when the file is damaged, may do harm, or the runtime is not installed.
     """
+    run = open_outputs(kind, path, shape, 1)
+    return lambda images: run(images)[0]
+
+
+def open_outputs(kind: str, path: Path, shape: tuple[int, ...], outputs: int) -> Run:
+    """As ``open_runtime``, for a network of several outputs.
+
+    Args:
+        kind: ``onnx``, ``openvino`` or ``pt2``.
+        path: of the file.
+        shape: of a batch, the largest that is to come.
+        outputs: how many there must be.
+
+    Raises:
+        ValueError: as ``open_runtime``, and for other than so many outputs.
+    """
     opened = {"onnx": _open_onnx, "openvino": _open_openvino, "pt2": _open_pt2}
-    return opened[kind](path, shape)
+    return opened[kind](path, shape, outputs)
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
@@ -173,10 +252,10 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
     return RuntimeError, *(value for value in found if isinstance(value, type) and issubclass(value, Exception))
 
 
-def _open_onnx(path: Path, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def _open_onnx(path: Path, shape: tuple[int, ...], outputs: int) -> Run:
     require("onnxruntime", "deploy")
     require("onnx", "deploy")
-    bundle_checks.check_onnx(path, shape)
+    bundle_checks.check_onnx(path, shape, outputs)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -187,10 +266,10 @@ def _open_onnx(path: Path, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]
     except _runtime_errors() as error:
         raise ValueError(f"ONNX Runtime cannot read {path}: {first_line(error)}") from error
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    return lambda images: [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
 
 
-def _open_openvino(path: Path, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def _open_openvino(path: Path, shape: tuple[int, ...], outputs: int) -> Run:
     require("openvino", "deploy")
     bundle_checks.check_openvino(path)
     without_telemetry()
@@ -198,16 +277,16 @@ def _open_openvino(path: Path, shape: tuple[int, ...]) -> Callable[[Tensor], Ten
 
     try:
         core = openvino.Core()
-        bundle_checks.check_openvino_maps(path, core.read_model(path), shape)
+        bundle_checks.check_openvino_maps(path, core.read_model(path), shape, outputs)
         # Without the hint, processors that know bfloat16 would compute in it.
         config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
         compiled = core.compile_model(core.read_model(path), "CPU", config)
     except RuntimeError as error:
         raise ValueError(f"OpenVINO cannot read {path}: {first_line(error)}") from error
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+    return lambda images: [torch.from_numpy(output.copy()) for output in compiled(images.numpy()).values()]
 
 
-def _open_pt2(path: Path, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def _open_pt2(path: Path, shape: tuple[int, ...], outputs: int) -> Run:
     bundle_checks.check_pt2(path)
     try:
         with warnings.catch_warnings():
@@ -215,11 +294,11 @@ def _open_pt2(path: Path, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
             module = torch.export.load(path).module()
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError) as error:
         raise ValueError(f"torch cannot read {path}: {first_line(error)}") from error
-    bundle_checks.check_pt2_maps(path, module, shape)
+    bundle_checks.check_pt2_maps(path, module, shape, outputs)
 
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> list[Tensor]:
         with torch.inference_mode():
-            logits: Tensor = module(images)
-        return logits
+            found = module(images)
+        return [found] if isinstance(found, Tensor) else list(found)
 
     return run

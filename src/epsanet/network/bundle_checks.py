@@ -1,7 +1,7 @@
 """Network files from strangers: looked at before a runtime opens them.
 
 Refused are files that reach for other files (links, external data), that could run code (pickles, unknown operators),
-that loop, and that claim sizes which no classifier of images has. A runtime may still have faults of its own; for
+that loop, and that claim sizes which no network of images has. A runtime may still have faults of its own; for
 files that you do not trust at all, use a sandbox.
 """
 
@@ -12,6 +12,7 @@ import json
 import math
 import re
 import stat
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,12 +73,13 @@ def _check_size(path: Path, what: str, dimensions: list[int]) -> None:
 # ----------------------------------------------------------------------------------------------------------------- ONNX
 
 
-def check_onnx(path: Path, shape: tuple[int, ...]) -> None:
+def check_onnx(path: Path, shape: tuple[int, ...], outputs: int) -> None:
     """Look at an ONNX file without running it.
 
     Args:
         path: of the file.
         shape: of a batch of images.
+        outputs: that it must have.
 
     Raises:
         ValueError: when it is damaged, refers to other files, has control flow, functions or operators of other
@@ -105,8 +107,8 @@ def check_onnx(path: Path, shape: tuple[int, ...]) -> None:
             raise _refuse(path, f"tensor {tensor.name!r} is of an unknown type") from error
         if tensor.raw_data and len(tensor.raw_data) != math.prod(tensor.dims) * size:
             raise _refuse(path, f"tensor {tensor.name!r} holds less or more than its dimensions say")
-    if len(graph.input) != 1 or len(graph.output) != 1:
-        raise _refuse(path, f"it has {len(graph.input)} inputs and {len(graph.output)} outputs; a classifier has one")
+    if len(graph.input) != 1 or len(graph.output) != outputs:
+        raise _refuse(path, f"it has {len(graph.input)} inputs and {len(graph.output)} outputs, not 1 and {outputs}")
     if graph.input[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
         raise _refuse(path, "its input is not float32")
     _check_onnx_maps(path, model, shape)
@@ -217,14 +219,15 @@ def _check_constant(path: Path, data: ElementTree.Element, available: int) -> in
     return offset + size
 
 
-def check_openvino_maps(path: Path, network: Any, shape: tuple[int, ...]) -> None:
+def check_openvino_maps(path: Path, network: Any, shape: tuple[int, ...], outputs: int) -> None:
     """Sizes of all maps of a network that OpenVINO has read, which is reshaped for it.
 
     Raises:
-        ValueError: for absurd dimensions, or when it takes no images.
+        ValueError: for absurd dimensions, or when it takes no images or has other than so many outputs.
     """
-    if len(network.inputs) != 1 or len(network.outputs) != 1 or len(network.input(0).partial_shape) != len(shape):
-        raise _refuse(path, "it is no classifier of images: one input with four axes, one output")
+    found = len(network.inputs), len(network.outputs)
+    if found != (1, outputs) or len(network.input(0).partial_shape) != len(shape):
+        raise _refuse(path, f"it has {found[0]} inputs and {found[1]} outputs, not 1 with four axes and {outputs}")
     try:
         network.reshape(list(shape))
     except RuntimeError as error:
@@ -242,10 +245,13 @@ _MEMBERS = re.compile(
     r"|data/(weights|constants)/\w+\.json|data/weights/weight_\d+|data/constants/tensor_\d+"
     r"|data/sample_inputs/\w+\.pt)"
 )
-_TARGET = re.compile(r"torch\.ops\.aten\.\w+\.\w+|_operator\.\w+|math\.\w+")
+_TARGET = re.compile(
+    r"torch\.ops\.aten\.\w+\.\w+|torch\.ops\.torchvision\.(nms|roi_align)\.default|torch\.sym_(min|max)"
+    r"|_operator\.\w+|math\.\w+"
+)
 _EXPRESSION = re.compile(
     r"(?:Symbol\('[su]\d+'(?:, (?:positive|nonnegative|integer)=True)*\)|[su]\d+|-?\d+|int_oo|oo|Integer|Add|Mul|Pow"
-    r"|Mod|Max|Min|FloorDiv|ModularIndexing|PythonMod|[ ()*+,-])+"
+    r"|Mod|Max|Min|FloorDiv|ModularIndexing|PythonMod|GreaterThan|LessThan|[ ()*+,-])+"
 )
 _END = 2**63 - 1
 """What slices write for "to the end"."""
@@ -255,7 +261,7 @@ def check_pt2(path: Path) -> None:
     """Look at an archive of ``torch.export`` without loading it.
 
     That format may hold pickles, and expressions that are evaluated. Accepted are plain weights, torch's own
-    operators, and sums and products of sizes.
+    operators, those of torchvision's detectors, and sums, products and bounds of sizes.
 
     Args:
         path: of the ``.pt2`` file.
@@ -318,25 +324,31 @@ def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend(item)
 
 
-def check_pt2_maps(path: Path, module: Any, shape: tuple[int, ...]) -> None:
+def check_pt2_maps(path: Path, module: Any, shape: tuple[int, ...], outputs: int) -> None:
     """Sizes of all maps of a network that torch has read, worked out without computing them.
 
     Raises:
-        ValueError: for absurd dimensions, or when it takes no images.
+        ValueError: for absurd dimensions, or when it takes no images or has other than so many outputs.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             for made in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(made, torch.Tensor):
-                    _check_size(path, f"a map of {func}", list(made.shape))
+                if isinstance(made, torch.Tensor):  # how many objects are found cannot be known before
+                    _check_size(path, f"a map of {func}", [size for size in made.shape if isinstance(size, int)])
             return result
 
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Watch(), torch.no_grad():
-            module(torch.empty(shape))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torchvision about itself
+            with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), Watch(), torch.no_grad():
+                found = module(torch.empty(shape))
     except (RuntimeError, AssertionError, TypeError) as error:
         raise _refuse(path, f"it does not take images of {shape[2]}×{shape[3]}: {first_line(error)}") from error
+    made = 1 if isinstance(found, torch.Tensor) else len(found)
+    if made != outputs:
+        raise _refuse(path, f"it has {made} outputs, not {outputs}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from epsanet.network.detectors import Detector, LoadedDetector
+from epsanet.network.detectors import Detector, LoadedDetector, RuntimeDetector
 from epsanet.network.inherit import inherit
 from epsanet.network.psa import PSA
 from epsanet.network.weights import LoadedModel
@@ -42,6 +42,8 @@ def start_detector_from(detector: Detector, class_names: Sequence[str], source: 
     """
     transform = detector.network.transform
     if isinstance(source, LoadedDetector):
+        if isinstance(source.model, RuntimeDetector):
+            raise ValueError("init_from is an exported bundle, whose layers cannot be had; give the model folder")
         other = source.model.network.transform
         transform.image_mean, transform.image_std = list(other.image_mean), list(other.image_std)
         return _take_detector(detector, list(class_names), source)

@@ -36,14 +36,16 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from epsanet._files import atomic_folder
+from epsanet.network.bundle import DETECTIONS, Run, read_detector_bundle, runtime_outputs
 from epsanet.network.detector_config import Architecture, DetectorConfig
 from epsanet.network.foreign import NOT_OF_A_NETWORK, check_tensors
-from epsanet.network.model_folder import DETECTION, find_detector
+from epsanet.network.model_folder import DETECTION, find_bundle, find_detector
 from epsanet.network.weights import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, create_model
 
 __all__ = [
     "Detector",
     "LoadedDetector",
+    "RuntimeDetector",
     "create_detector",
     "load_detector",
     "loss_names",
@@ -52,6 +54,8 @@ __all__ = [
 
 Target = dict[str, Tensor]
 _ROI_SIZE = 7
+_MOST_DETECTIONS = 10_000
+"""Of an image, from a bundle."""
 _CLASSES = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
 
 
@@ -166,6 +170,57 @@ def _keep_statistics(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
+
+
+class RuntimeDetector(Detector):
+    """A detector in another runtime: an image at a time, no gradients, on the CPU.
+
+    Args:
+        run: gives ``DETECTIONS`` of an image that is scaled and normalised, in its pixels.
+        transform: scales and normalises.
+        config: architecture and sizes.
+        backbone: name of the backbone in timm.
+        num_classes: classes without background.
+        digest: of its files; the module's only state, by which one bundle can be told from another.
+    """
+
+    def __init__(
+        self, run: Run, transform: _Transform, config: DetectorConfig, backbone: str, num_classes: int, digest: bytes
+    ) -> None:
+        super().__init__(nn.Module(), config, backbone, {}, num_classes)
+        self.register_buffer("digest", torch.tensor(list(digest), dtype=torch.uint8))
+        self.run, self.network.transform = run, transform.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Target]:  # noqa: ARG002
+        """Detections, as of ``Detector``.
+
+        Raises:
+            ValueError: when the runtime fails, or gives what is no detection.
+        """
+        return [self._detected(image) for image in images]
+
+    def _detected(self, image: Tensor) -> Target:
+        transform = self.network.transform
+        scaled = transform.resize(transform.normalize(image))[0]
+        outputs = runtime_outputs(self.run, scaled[None])
+        found = dict(zip(DETECTIONS, outputs, strict=False))
+        self._check(found)
+        size = [(height, width) for height, width in (scaled.shape[-2:], image.shape[-2:])]
+        (detections,) = transform.postprocess([found], size[:1], size[1:])
+        return {name: value.to(image.device) for name, value in detections.items()}
+
+    def _check(self, found: Target) -> None:
+        boxes, scores, labels = (found[name] for name in DETECTIONS[:3])
+        count = len(scores) if scores.ndim else -1
+        masks = found.get("masks", torch.zeros(max(count, 0), 1, 1, 1))
+        shapes = tuple(boxes.shape), tuple(scores.shape), tuple(labels.shape), (*masks.shape[:2], masks.ndim)
+        if shapes != ((count, 4), (count,), (count,), (count, 1, 4)) or labels.dtype != torch.int64:
+            raise ValueError(f"the network gives {', '.join(map(str, shapes))} for {', '.join(DETECTIONS)}")
+        if not all(bool(values.isfinite().all()) for values in (boxes, scores, masks)) or count > _MOST_DETECTIONS:
+            raise ValueError(f"the network gives {count:,} detections, or some that are no numbers")
+        if not bool(((labels >= 0) & (labels < self.num_classes)).all()):
+            raise ValueError(f"the network gives other classes than its {self.num_classes}")
 
 
 def create_detector(
@@ -319,7 +374,7 @@ def save_detector(folder: str | Path, model: Detector, class_names: Sequence[str
 
 
 def load_detector(source: str | Path) -> LoadedDetector:
-    """A detector from its model folder, or from the run folder around it.
+    """A detector from its model folder, from the run folder around it, or from a bundle of ``epsanet export``.
 
     Args:
         source: the folder.
@@ -327,6 +382,9 @@ def load_detector(source: str | Path) -> LoadedDetector:
     Raises:
         ValueError: when it holds no detector, or is damaged; one line that says what.
     """
+    bundle = find_bundle(source)
+    if bundle is not None:
+        return _load_bundle(bundle)
     found = find_detector(source)
     if found is None:
         raise ValueError(f"{source} holds no detector; give a folder that detection training wrote")
@@ -354,6 +412,21 @@ def load_detector(source: str | Path) -> LoadedDetector:
         )
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError, OSError) as error:
         raise ValueError(f"the model folder {folder} is damaged: {_first_line(error)}; copy it again") from error
+    return LoadedDetector(model=model.eval(), class_names=names)
+
+
+def _load_bundle(folder: Path) -> LoadedDetector:
+    run, digest, description = read_detector_bundle(folder)
+    data, names = description["data_config"], description["label_names"]
+    sizes = data["min_size"], data["max_size"]
+    model = RuntimeDetector(
+        run,
+        _Transform(*sizes, list(data["mean"]), list(data["std"])),
+        DetectorConfig(architecture=description["architecture"], min_size=sizes[0], max_size=sizes[1], norm_eval=False),
+        str(description.get("backbone")),
+        len(names),
+        digest,
+    )
     return LoadedDetector(model=model.eval(), class_names=names)
 
 

@@ -28,10 +28,10 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from epsanet._files import atomic_file, atomic_folder
-from epsanet.network.bundle import BUNDLE_NAME, NETWORK_NAMES, read_bundle
+from epsanet.network.bundle import read_bundle
 from epsanet.network.epsanet import EPSABlock, EPSANet
 from epsanet.network.foreign import check_data_config, check_model_folder, check_tensors, read_checkpoint
-from epsanet.network.model_folder import is_detector
+from epsanet.network.model_folder import find_bundle, is_detector
 from epsanet.network.shipped import shipped_folders
 
 __all__ = [
@@ -153,10 +153,9 @@ def load_model(source: str | Path) -> LoadedModel:
         ValueError: when there is nothing such, or it is damaged; one line that says which.
     """
     path = Path(str(source).removeprefix("local-dir:"))
-    if path.name in NETWORK_NAMES.values() and (path.parent / BUNDLE_NAME).is_file():
-        path = path.parent
-    if (path / BUNDLE_NAME).is_file():
-        network, description = read_bundle(path)
+    bundle = find_bundle(path)
+    if bundle is not None:
+        network, description = read_bundle(bundle)
         return LoadedModel(
             model=network, class_names=description["label_names"], data_config=description["data_config"]
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from epsanet.network.detectors import Detector
+from epsanet.network.detectors import Detector, RuntimeDetector
 from epsanet.tasks.inference import inference_network
 
 __all__ = ["inference_detector"]
@@ -21,12 +21,16 @@ def inference_detector(
 ) -> Detector:
     """The detector with the same detections, but for rounding, whose backbone runs fastest (``inference_network``).
 
+    That of a bundle stays as it is.
+
     Args:
         detector: in float32; it stays as it is.
         device: where it is to run.
         precision: Lightning's name of the arithmetic.
         note: told what was done, or why not.
     """
+    if isinstance(detector, RuntimeDetector):
+        return detector.eval()
     body = detector.network.backbone.body.eval()
     optimised = inference_network(body, (3, _EXAMPLE, _EXAMPLE), device, precision, note)
     if optimised is body:
