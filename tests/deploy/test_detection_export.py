@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from epsanet.deploy.detection_agreement import DetectionComparison
 from epsanet.deploy.export import Exported
 from epsanet.deploy.images import photographs
 from epsanet.deploy.portable_detector import PortableDetector
+from epsanet.deploy.write import exported_program
 from epsanet.network.detector_config import Architecture
 from epsanet.network.detector_start import start_detector_from
 from epsanet.network.detectors import Detector, RuntimeDetector, load_detector, save_detector
@@ -32,12 +35,8 @@ from epsanet.network.weights import load_model
 from epsanet.tasks.detection.evaluate import evaluate_detector
 
 ARCHITECTURES: tuple[Architecture, ...] = ("faster_rcnn", "mask_rcnn", "retinanet")
-FORMATS = {
-    "faster_rcnn": ("onnx", "pt2"),
-    "mask_rcnn": ("onnx", "openvino"),
-    "retinanet": ("onnx",),
-}
-BUNDLES = [(name, kind) for name, kinds in FORMATS.items() for kind in kinds]
+BUNDLES = [("faster_rcnn", "openvino"), ("mask_rcnn", "onnx"), ("mask_rcnn", "pt2"), ("retinanet", "onnx")]
+"""OpenVINO's are made from ONNX."""
 NAMES = ["ant", "bee", "cat"]
 SIZES = ((64, 64), (47, 90), (200, 33))
 """Heights and widths: as it was trained, wide, and narrow."""
@@ -48,11 +47,11 @@ def ignore(_: str) -> None:
 
 
 def decided(architecture: Architecture) -> Detector:
-    """A detector with random weights so large that it is sure of what it sees; rounding would decide for another.
+    """A detector with random weights so large that it is nearly sure of what it sees, and rounding decides nothing.
 
     Nothing has a bias, so that an image of the mean colour has no features, and no class is likelier than another.
     """
-    model = detector(architecture, score_thresh=0.3).eval()
+    model = detector(architecture, score_thresh=0.1 if architecture == "retinanet" else 0.3).eval()
     with torch.no_grad():
         for name, parameter in model.network.named_parameters():
             if name.endswith("bias"):
@@ -62,12 +61,12 @@ def decided(architecture: Architecture) -> Detector:
             for layer in (*head.classification_head.conv.modules(), *head.regression_head.conv.modules()):
                 if isinstance(layer, torch.nn.Conv2d):
                     torch.nn.init.kaiming_normal_(layer.weight)
-            torch.nn.init.normal_(head.classification_head.cls_logits.weight, std=1.5)
+            torch.nn.init.normal_(head.classification_head.cls_logits.weight, std=0.7)
             head.classification_head.cls_logits.bias.fill_(-4.0)
         else:
-            torch.nn.init.normal_(model.network.roi_heads.box_predictor.cls_score.weight, std=8.0)
-            torch.nn.init.normal_(model.network.rpn.head.cls_logits.weight, std=1.0)
-            torch.nn.init.normal_(model.network.rpn.head.bbox_pred.weight, std=0.3)
+            torch.nn.init.normal_(model.network.roi_heads.box_predictor.cls_score.weight, std=3.0)
+            torch.nn.init.normal_(model.network.rpn.head.cls_logits.weight, std=0.3)
+            torch.nn.init.normal_(model.network.rpn.head.bbox_pred.weight, std=0.1)
         if architecture == "mask_rcnn":
             torch.nn.init.normal_(model.network.roi_heads.mask_predictor.mask_fcn_logits.weight, std=9.0)
     return model
@@ -94,19 +93,29 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in (*ARCHITECTURES, "images")}
 
 
+Bundles = Callable[[str, str], Exported]
+"""By architecture and format; each is exported once, and the program of torch.export, which takes longest, too."""
+
+
 @pytest.fixture(scope="module")
-def bundles(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Exported]:
-    """By architecture and format."""
+def bundles(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     folder, images = tmp_path_factory.mktemp("bundles"), str(models["images"])
-    return {
-        (name, kind): export_detector(
-            models[name],
-            folder / f"{name}-{kind}",
-            ExportConfig(format=kind, images=images),  # type: ignore[arg-type]
-            note=ignore,
-        )
-        for name, kind in BUNDLES
-    }
+    programs: dict[str, Any] = {}
+
+    @functools.cache
+    def exported(name: str, kind: Any) -> Exported:
+        def program(*arguments: Any) -> Any:
+            if name not in programs:
+                programs[name] = exported_program(*arguments)
+            return programs[name]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(detection_module, "exported_program", program)
+            return export_detector(
+                models[name], folder / f"{name}-{kind}", ExportConfig(format=kind, images=images), note=ignore
+            )
+
+    return exported
 
 
 def same(wanted: list[dict[str, Tensor]], found: list[dict[str, Tensor]], score: float, pixels: float) -> list[int]:
@@ -134,15 +143,16 @@ def test_detection_without_branches_is_torchvisions(architecture: Architecture) 
             outputs = dict(zip(("boxes", "scores", "labels", "masks"), portable(image[None]), strict=False))
             found += transform.postprocess([outputs], [image.shape[-2:]], [picture.shape[-2:]])
     counts = same(wanted, found, 1e-5, 1e-3)
-    assert min(counts) >= 3
+    assert min(counts) >= 1
+    assert sum(counts) > 30
 
 
 @pytest.mark.parametrize(("architecture", "kind"), BUNDLES)
 def test_a_bundle_finds_what_the_detector_finds(
-    architecture: str, kind: str, bundles: dict[tuple[str, str], Exported], models: dict[str, Path]
+    architecture: str, kind: str, bundles: Bundles, models: dict[str, Path]
 ) -> None:
     """In drawn scenes and photographs of several sizes; and nothing in an image of the mean colour."""
-    found = bundles[architecture, kind]
+    found = bundles(architecture, kind)
     assert found.agreement.same > 99
     ours, theirs = load_detector(found.folder), load_detector(models[architecture])
     assert isinstance(ours.model, RuntimeDetector)
@@ -153,15 +163,15 @@ def test_a_bundle_finds_what_the_detector_finds(
     with torch.no_grad(), kernels.use("reference"):
         wanted = [theirs.model([image])[0] for image in images]  # one at a time: a batch is padded to its largest image
     counts = same(wanted, ours.model(images), 1e-4, 1e-2)
-    assert min(counts[:-1]) >= 3
+    assert min(counts[:-1]) >= 1
     assert counts[-1] == 0
 
 
-def test_an_onnx_file_of_a_detector_is_whole_plain_and_runs_alone(bundles: dict[tuple[str, str], Exported]) -> None:
+def test_an_onnx_file_of_a_detector_is_whole_plain_and_runs_alone(bundles: Bundles) -> None:
     import onnx
     import onnxruntime
 
-    folder = bundles["mask_rcnn", "onnx"].folder
+    folder = bundles("mask_rcnn", "onnx").folder
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "bundle.json", "network.onnx"]
     model = onnx.load(folder / "network.onnx", load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
@@ -186,10 +196,10 @@ def test_an_onnx_file_of_a_detector_is_whole_plain_and_runs_alone(bundles: dict[
     assert str(Path.cwd()).encode() not in (folder / "network.onnx").read_bytes()
 
 
-def test_an_openvino_detector_says_what_it_is(bundles: dict[tuple[str, str], Exported]) -> None:
+def test_an_openvino_detector_says_what_it_is(bundles: Bundles) -> None:
     import openvino
 
-    folder = bundles["mask_rcnn", "openvino"].folder
+    folder = bundles("faster_rcnn", "openvino").folder
     names = ["README.md", "bundle.json", "network.bin", "network.xml"]
     assert sorted(file.name for file in folder.iterdir()) == names
     network = openvino.Core().read_model(folder / "network.xml")
@@ -198,10 +208,10 @@ def test_an_openvino_detector_says_what_it_is(bundles: dict[tuple[str, str], Exp
 
 
 def test_predict_and_evaluate_give_the_same_with_the_bundle(
-    bundles: dict[tuple[str, str], Exported], models: dict[str, Path], tmp_path: Path
+    bundles: Bundles, models: dict[str, Path], tmp_path: Path
 ) -> None:
     """Tables, COCO results, and averages."""
-    network = bundles["mask_rcnn", "onnx"].folder / "network.onnx"
+    network = bundles("mask_rcnn", "onnx").folder / "network.onnx"
     assert is_detector(network)
     tables, results = [], []
     data = DataConfig(source=str(coco_folder(tmp_path / "coco", images=3)), batch_size=1, workers=0)
@@ -267,11 +277,11 @@ def test_agreement_sees_masks_that_differ() -> None:
 
 
 @pytest.fixture
-def rewritten(bundles: dict[tuple[str, str], Exported], monkeypatch: pytest.MonkeyPatch) -> None:
+def rewritten(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports write the network of ``bundles``, whatever they are given: torch.export takes seconds."""
 
     def write(_: Any, kind: str, folder: Path, *__: Any) -> Path:
-        return Path(shutil.copy(bundles["retinanet", kind].folder / "network.onnx", folder))
+        return Path(shutil.copy(bundles("retinanet", kind).folder / "network.onnx", folder))
 
     monkeypatch.setattr(detection_module, "exported_program", lambda *_: None)
     monkeypatch.setattr(detection_module, "write_network", write)
@@ -279,7 +289,7 @@ def rewritten(bundles: dict[tuple[str, str], Exported], monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("rewritten")
 def test_a_network_that_finds_other_things_is_refused_and_nothing_written(
-    bundles: dict[tuple[str, str], Exported], models: dict[str, Path], tmp_path: Path
+    models: dict[str, Path], tmp_path: Path
 ) -> None:
     """Another shift of the last layer: the same boxes with other scores."""
     loaded = load_detector(models["retinanet"])
@@ -345,10 +355,8 @@ def test_impossible_exports_of_detectors_are_refused_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_bundle_of_a_detector_is_refused_where_layers_are_needed(
-    bundles: dict[tuple[str, str], Exported], tmp_path: Path
-) -> None:
-    folder = bundles["retinanet", "onnx"].folder
+def test_a_bundle_of_a_detector_is_refused_where_layers_are_needed(bundles: Bundles, tmp_path: Path) -> None:
+    folder = bundles("retinanet", "onnx").folder
     with pytest.raises(ValueError, match="an exported bundle already"):
         export_detector(folder, tmp_path / "bundle", ExportConfig(), note=ignore)
     with pytest.raises(ValueError, match=r"holds a detector; epsanet.load_detector reads it"):
@@ -399,21 +407,21 @@ def spoiled(folder: Path, change: str) -> None:
 def test_a_hostile_bundle_of_a_detector_is_refused_in_one_line(
     change: str,
     message: str,
-    bundles: dict[tuple[str, str], Exported],
+    bundles: Bundles,
     models: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "bundle"
-    shutil.copytree(bundles["retinanet", "onnx"].folder, folder)
+    shutil.copytree(bundles("retinanet", "onnx").folder, folder)
     spoiled(folder, change)
     assert cli.main(["predict", str(folder), str(models["images"])]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 
-def test_what_is_no_detection_is_refused(bundles: dict[tuple[str, str], Exported]) -> None:
-    model: Any = load_detector(bundles["retinanet", "onnx"].folder).model
+def test_what_is_no_detection_is_refused(bundles: Bundles) -> None:
+    model: Any = load_detector(bundles("retinanet", "onnx").folder).model
     sound = model.run(torch.zeros(1, 3, 64, 64))
     box, score, label = torch.zeros(1, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     wrong = {
