@@ -143,7 +143,7 @@ def test_detection_without_branches_is_torchvisions(architecture: Architecture) 
             outputs = dict(zip(("boxes", "scores", "labels", "masks"), portable(image[None]), strict=False))
             found += transform.postprocess([outputs], [image.shape[-2:]], [picture.shape[-2:]])
     counts = same(wanted, found, 1e-5, 1e-3)
-    assert min(counts) >= 1
+    assert min(counts[:2]) >= 3
     assert sum(counts) > 30
 
 
@@ -163,7 +163,7 @@ def test_a_bundle_finds_what_the_detector_finds(
     with torch.no_grad(), kernels.use("reference"):
         wanted = [theirs.model([image])[0] for image in images]  # one at a time: a batch is padded to its largest image
     counts = same(wanted, ours.model(images), 1e-4, 1e-2)
-    assert min(counts[:-1]) >= 1
+    assert min(counts[:2]) >= 3
     assert counts[-1] == 0
 
 
@@ -258,6 +258,14 @@ def test_agreement_counts_what_is_found_again_lost_and_new() -> None:
     assert found.same == pytest.approx(100 / 5)
     assert (found.largest_score, found.largest_box) == (pytest.approx(0.02, abs=1e-6), 0.5)
     assert found.least_mask_iou is None
+
+
+def test_a_box_without_area_is_found_again_where_it_was() -> None:
+    flat = [5.0, 5, 5, 9]
+    for place, again in ((5.0, 1), (5.5, 0)):
+        comparison = DetectionComparison(0.1)
+        comparison.add(detections([flat], [0.9], [0]), detections([[place, 5, place, 9]], [0.9], [0]))
+        assert comparison.result().found_again == again
 
 
 def test_agreement_sees_masks_that_differ() -> None:

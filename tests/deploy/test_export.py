@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detecting import detector
 from real_digits import digits
 from torch import Tensor, nn
 
@@ -27,7 +26,6 @@ from epsanet.deploy.config import ExportConfig
 from epsanet.deploy.export import Exported, compare, export
 from epsanet.deploy.portable import PortablePSA, portable
 from epsanet.network.bundle import RuntimeNetwork
-from epsanet.network.detectors import save_detector
 from epsanet.network.weights import LoadedModel, load_model
 
 
@@ -322,18 +320,6 @@ def test_impossible_exports_are_refused_in_one_line(
     assert len(lines) == 1
     assert message in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_a_detector_is_refused_in_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_detector("finder", detector(), ["ant", "bee", "cow"])
-    assert cli.main(["export", "finder", "--output", "bundle"]) == 2
-    assert capsys.readouterr().err == (
-        "epsanet: finder holds a detector, which cannot be exported yet; epsanet predict and serve run it\n"
-    )
-    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_missing_library_names_the_line_to_install(

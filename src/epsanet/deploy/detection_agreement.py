@@ -13,6 +13,9 @@ __all__ = ["DetectionAgreement", "DetectionComparison"]
 _SAME = 0.9
 """Least overlap (IoU) of two boxes, or masks, that are the same detection."""
 
+_SAME_PLACE = 0.01
+"""Pixels between boxes that are the same whatever their area."""
+
 Detections = dict[str, Tensor]
 
 
@@ -98,6 +101,8 @@ class DetectionComparison:
 def _pairs(expected: Detections, found: Detections) -> list[tuple[int, int]]:
     """Detections of the same class and box, the best first; each has one partner."""
     iou = box_iou(expected["boxes"], found["boxes"])
+    difference = (expected["boxes"][:, None] - found["boxes"]).abs().amax(2)
+    iou[difference < _SAME_PLACE] = 1  # RetinaNet has boxes without area, which overlap nothing
     iou[expected["labels"][:, None] != found["labels"]] = 0
     pairs = []
     for i, row in enumerate(iou):
