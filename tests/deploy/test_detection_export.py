@@ -261,10 +261,11 @@ def test_agreement_counts_what_is_found_again_lost_and_new() -> None:
 
 
 def test_a_box_without_area_is_found_again_where_it_was() -> None:
-    flat = [5.0, 5, 5, 9]
-    for place, again in ((5.0, 1), (5.5, 0)):
+    flat, other = [5.0, 5, 5, 9], [50.0, 5, 50, 9]
+    for place, again in ((5.0, 2), (5.5, 1)):
         comparison = DetectionComparison(0.1)
-        comparison.add(detections([flat], [0.9], [0]), detections([[place, 5, place, 9]], [0.9], [0]))
+        moved = [place, 5, place, 9]
+        comparison.add(detections([flat, other], [0.9, 0.8], [0, 0]), detections([other, moved], [0.9, 0.8], [0, 0]))
         assert comparison.result().found_again == again
 
 

@@ -100,7 +100,7 @@ class DetectionComparison:
 
 def _pairs(expected: Detections, found: Detections) -> list[tuple[int, int]]:
     """Detections of the same class and box, the best first; each has one partner."""
-    iou = box_iou(expected["boxes"], found["boxes"])
+    iou = box_iou(expected["boxes"], found["boxes"]).nan_to_num(0)
     difference = (expected["boxes"][:, None] - found["boxes"]).abs().amax(2)
     iou[difference < _SAME_PLACE] = 1  # RetinaNet has boxes without area, which overlap nothing
     iou[expected["labels"][:, None] != found["labels"]] = 0
