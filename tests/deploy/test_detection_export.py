@@ -147,6 +147,17 @@ def test_detection_without_branches_is_torchvisions(architecture: Architecture) 
     assert sum(counts) > 30
 
 
+def test_boxes_of_each_size_are_pooled_from_torchvisions_level() -> None:
+    """Sides of 112 pixels lie between the two levels of the small detector."""
+    model = decided("mask_rcnn")
+    maps = [torch.randn(1, 16, 512 // stride, 512 // stride) for stride in (4, 8)]
+    sides = torch.tensor([10.0, 111.9, 112.0, 112.1, 224, 400])
+    boxes = torch.stack((sides * 0 + 3, sides * 0 + 5, sides + 3, sides + 5), 1)
+    for pool in (model.network.roi_heads.box_roi_pool, model.network.roi_heads.mask_roi_pool):
+        wanted = pool({"0": maps[0], "1": maps[1]}, [boxes], [(512, 512)])
+        assert torch.equal(PortableDetector(model)._pooled(pool, maps, boxes), wanted)
+
+
 @pytest.mark.parametrize(("architecture", "kind"), BUNDLES)
 def test_a_bundle_finds_what_the_detector_finds(
     architecture: str, kind: str, bundles: Bundles, models: dict[str, Path]
