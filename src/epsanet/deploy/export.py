@@ -103,6 +103,7 @@ def compare(expected: Tensor, logits: Tensor, labels: Tensor) -> Agreement:
 
 
 def unseen(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:  # noqa: ARG001
+    """Progress that nobody is shown."""
     return items
 
 
