@@ -36,8 +36,6 @@ class Subject(NamedTuple):
 
     @property
     def strides(self) -> list[int]:
-        if self.name == "epsanet10_tiny":  # its stem has a pool
-            return [1, 2, 4, 8, 16]
         return [1, 1, 2, 4, 8] if "tiny" in self.name else [2, 4, 8, 16, 32]
 
     def images(self, batch: int = 2, channels: int = 3) -> Tensor:

@@ -35,7 +35,6 @@ TINY = (
     "epsanet23_tiny_wide",
     "epsanet26_tiny_x2",
     "epsanet50_tiny_x2",
-    "epsanet10_tiny",
 )
 
 
@@ -312,8 +311,6 @@ def test_the_stem_for_small_images_is_a_3x3_convolution_of_stride_1_without_a_po
         ("epsanet50_small", 16, [2, 4, 8, 16, 16], [64, 256, 512, 1024, 2048]),
         ("epsanet50_large", 8, [2, 4, 8, 8, 8], [64, 256, 512, 1024, 2048]),
         ("epsanet18", 16, [2, 4, 8, 16, 16], [64, 64, 128, 256, 512]),
-        ("epsanet10_tiny", None, [1, 2, 4, 8, 16], [64, 64, 128, 256, 256]),
-        ("epsanet10_tiny", 4, [1, 2, 4, 4, 4], [64, 64, 128, 256, 256]),
         ("epsanet14_tiny", None, [1, 1, 2, 4, 8], [64, 64, 128, 128, 256]),
         ("epsanet14_tiny", 4, [1, 1, 2, 4, 4], [64, 64, 128, 128, 256]),
         ("epsanet14_tiny", 2, [1, 1, 2, 2, 2], [64, 64, 128, 128, 256]),
@@ -361,7 +358,6 @@ def test_a_dilated_network_computes_the_strided_one_on_a_denser_grid(
         ("epsanet50_small", 4, r"output_stride=4 is impossible here; use one of \(8, 16, 32\)"),
         ("epsanet50_small", 64, r"output_stride=64 is impossible here; use one of \(8, 16, 32\)"),
         ("epsanet14_tiny", 32, r"output_stride=32 is impossible here; use one of \(2, 4, 8\)"),
-        ("epsanet10_tiny", 2, r"output_stride=2 is impossible here; use one of \(4, 8, 16\)"),
     ],
 )
 def test_an_impossible_output_stride_raises_with_the_possible_ones(name: str, output_stride: int, message: str) -> None:

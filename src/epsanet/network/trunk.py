@@ -23,9 +23,7 @@ class Trunk(ResNet):
         layers: blocks of each of the four stages.
         small_images: a 3×3 stem of stride 1 and no pool; the stages then have strides 1, 2, 4, 8 and
             ``output_stride`` may be 2, 4 or 8.
-        stem_pool: whether the max-pool of stride 2 follows the stem; as ``small_images`` says when left out. It doubles
-            the strides of the stages.
-        output_stride: the largest stride; later stages are dilated. As large as it can be when left out.
+        output_stride: the largest stride; later stages are dilated. 32 when left out, 8 for small images.
         zero_init_last: whether the last norm of each block starts at zero.
         **kwargs: of timm's ``ResNet``.
 
@@ -40,14 +38,12 @@ class Trunk(ResNet):
         block: Any,
         layers: Sequence[int],
         small_images: bool = False,
-        stem_pool: bool | None = None,
         output_stride: int | None = None,
         zero_init_last: bool = False,
         **kwargs: Any,
     ) -> None:
-        stem_pool = not small_images if stem_pool is None else stem_pool
-        # timm counts a stem of stride 4, half of it by the pool.
-        stem_stride = (1 if small_images else 2) * (2 if stem_pool else 1)
+        # timm counts a stem of stride 4; a stem of stride 1 makes every stride a quarter of that.
+        stem_stride = 1 if small_images else 4
         strides = tuple(stem_stride * stride for stride in (2, 4, 8))
         output_stride = strides[-1] if output_stride is None else output_stride
         if output_stride not in strides:
@@ -73,11 +69,9 @@ class Trunk(ResNet):
                 dtype=stem.weight.dtype,
             )
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        if not stem_pool:
             self.maxpool = nn.Identity()
-        for info in self.feature_info:
-            before_pool = info["module"] == "act1"
-            info["reduction"] //= (2 if small_images else 1) if before_pool else 4 // stem_stride
+            for info in self.feature_info:
+                info["reduction"] //= 2 if info["module"] == "act1" else 4
 
     @property
     def stages(self) -> list[nn.Sequential]:
