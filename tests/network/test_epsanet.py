@@ -33,6 +33,7 @@ TINY = (
     "epsanet26_tiny",
     "epsanet38_tiny",
     "epsanet23_tiny_wide",
+    "epsanet10_tiny",
     "epsanet26_tiny_x2",
     "epsanet50_tiny_x2",
 )
@@ -363,6 +364,32 @@ def test_a_dilated_network_computes_the_strided_one_on_a_denser_grid(
 def test_an_impossible_output_stride_raises_with_the_possible_ones(name: str, output_stride: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         on_meta(name, output_stride=output_stride)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "stride", "channels"),
+    [("epsanet10_tiny", 3, 1, [32, 32, 64, 128, 256]), ("epsanet18", 7, 2, [32, 64, 128, 256, 512])],
+)
+def test_a_narrow_stem_is_one_convolution_of_its_width_that_starts_as_all_do(
+    name: str, kernel: int, stride: int, channels: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, stem_width=32).eval().double()
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    state = model.state_dict()
+    expected = F.relu(norm(longhand.convolution(x, state["conv1.weight"], 1, stride, 1), state, "bn1"))
+    with torch.no_grad():
+        features = model.forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(features[0], expected, rtol=1e-9, atol=1e-10)
+    assert [feature.shape[1] for feature in features] == channels
+    assert model.conv1.weight.shape == (32, 3, kernel, kernel)
+    assert model.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (kernel * kernel * 32)), rel=0.1)
+
+
+@pytest.mark.parametrize("width", [0, 33])
+def test_an_impossible_stem_width_raises(width: int) -> None:
+    with pytest.raises(ValueError, match=f"stem_width={width} is impossible; use an even number"):
+        on_meta("epsanet14_tiny", stem_width=width)
 
 
 def test_a_deep_stem_on_the_stem_for_small_images_raises() -> None:

@@ -35,6 +35,7 @@ from epsanet.data.samples import FolderSamples
 from epsanet.data.sources import open_data
 from epsanet.network.weights import create_model, load_model
 from epsanet.tasks import callbacks
+from epsanet.tasks.card import data_name
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.report import data_advice
@@ -168,6 +169,24 @@ def test_it_says_what_it_found_what_it_got_and_how_to_go_on(trained: Any) -> Non
         f"epsanet train --resume {result.run}",
     ):
         assert command in text
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("hfds/uoft-cs/cifar10", "cifar10"),
+        ("somewhere/flowers", "flowers"),
+        ("cifar10/train-00000-of-00001.parquet", "cifar10"),
+        ("cifar10/data/train-00000-of-00001.parquet", "cifar10"),
+        ("flowers.parquet", "flowers"),
+    ],
+)
+def test_a_card_calls_a_data_set_by_its_name(
+    source: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flowers.parquet").touch()
+    assert data_name(source) == name
 
 
 def test_the_model_card_has_the_result_and_what_made_it(trained: Any) -> None:

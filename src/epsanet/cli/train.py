@@ -54,10 +54,12 @@ def run(values: dict[str, Any]) -> int:
     """Do it with the flags\' values; the exit code."""
     from epsanet._processes import rank
     from epsanet.tasks.config import TrainConfig
+    from epsanet.tasks.devices import keep_freed_memory
     from epsanet.tasks.train import TrainingInterrupted, train
 
     resume = values.pop("resume")
     values.pop("config")
+    keep_freed_memory()
     try:
         train(TrainConfig(**values), resume=resume)
     except TrainingInterrupted as stop:

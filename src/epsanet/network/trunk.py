@@ -23,6 +23,8 @@ class Trunk(ResNet):
         layers: blocks of each of the four stages.
         small_images: a 3×3 stem of stride 1 and no pool; the stages then have strides 1, 2, 4, 8 and
             ``output_stride`` may be 2, 4 or 8.
+        stem_width: channels of the stem; with a ``stem_type``, of its first convolutions, as timm has it. timm itself
+            looks at it with a ``stem_type`` only.
         output_stride: the largest stride; later stages are dilated. 32 when left out, 8 for small images.
         zero_init_last: whether the last norm of each block starts at zero.
         **kwargs: of timm's ``ResNet``.
@@ -38,6 +40,7 @@ class Trunk(ResNet):
         block: Any,
         layers: Sequence[int],
         small_images: bool = False,
+        stem_width: int = 64,
         output_stride: int | None = None,
         zero_init_last: bool = False,
         **kwargs: Any,
@@ -48,6 +51,16 @@ class Trunk(ResNet):
         output_stride = strides[-1] if output_stride is None else output_stride
         if output_stride not in strides:
             raise ValueError(f"output_stride={output_stride} is impossible here; use one of {strides}")
+        plain = not kwargs.get("stem_type")
+        if small_images and not plain:
+            raise ValueError("stem_type is for networks with a 7×7 stem; leave it out with small_images=True")
+        if plain and (stem_width < 2 or stem_width % 2):
+            raise ValueError(f"stem_width={stem_width} is impossible; use an even number")
+        if plain and stem_width != 64:
+            # timm's plain stem has 64 channels. Its deep one ends in twice stem_width, and is replaced below.
+            kwargs = {**kwargs, "stem_type": "deep", "stem_width": stem_width // 2}
+        elif not plain:
+            kwargs = {**kwargs, "stem_width": stem_width}
         super().__init__(
             block,
             tuple(layers),
@@ -55,20 +68,20 @@ class Trunk(ResNet):
             zero_init_last=zero_init_last,
             **kwargs,
         )
-        if small_images:
-            if isinstance(self.conv1, nn.Sequential):
-                raise ValueError("stem_type is for networks with a 7×7 stem; leave it out with small_images=True")
-            stem = self.conv1
+        if plain and (small_images or stem_width != 64):
+            weight = next(self.conv1.parameters())
             self.conv1 = nn.Conv2d(
-                stem.in_channels,
-                stem.out_channels,
-                3,
-                padding=1,
+                weight.shape[1],
+                stem_width,
+                3 if small_images else 7,
+                stride=1 if small_images else 2,
+                padding=1 if small_images else 3,
                 bias=False,
-                device=stem.weight.device,
-                dtype=stem.weight.dtype,
+                device=weight.device,
+                dtype=weight.dtype,
             )
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if small_images:
             self.maxpool = nn.Identity()
             for info in self.feature_info:
                 info["reduction"] //= 2 if info["module"] == "act1" else 4

@@ -33,7 +33,7 @@ from epsanet.network.weights import LoadedModel, load_model
 from epsanet.study.cost import count
 from epsanet.tasks.checkpoints import LAST, read
 from epsanet.tasks.config import TrainConfig, load_recipe
-from epsanet.tasks.devices import processor_name
+from epsanet.tasks.devices import keep_freed_memory, processor_name
 from epsanet.tasks.inference import inference_network
 from epsanet.tasks.train import TrainingInterrupted, train
 
@@ -195,6 +195,7 @@ def _end_with_parent() -> None:
 
 def main() -> int:
     """Of a child process of a study; CONFIG is a YAML file with ``train`` and ``about``."""
+    keep_freed_memory()
     path, result = Path(sys.argv[1]), Path(sys.argv[2])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     values = yaml.safe_load(path.read_text(encoding="utf-8"))

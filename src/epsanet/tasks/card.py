@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import counted, duration
 from epsanet.tasks.scores import Evaluation
 
-__all__ = ["model_card"]
+__all__ = ["data_name", "model_card"]
 
 _USE = """## Use
 
@@ -25,6 +26,16 @@ model = timm.create_model("local-dir:.", pretrained=True).eval()
 
 `epsanet predict . IMAGES` prints class names; the preprocessing is in `config.json`.
 """
+
+
+def data_name(source: str) -> str:
+    """What a card calls a data set: the last part of its address, without the ending of a file; of one of the Hub's
+    Parquet files, ``train-00000-of-00001.parquet``, the folder that it is in."""
+    path = Path(source)
+    if re.search(r"-\d+-of-\d+\.", path.name):
+        folder = path.resolve().parent
+        return (folder.parent if folder.name == "data" else folder).name
+    return path.stem if path.is_file() else path.name
 
 
 def model_card(
@@ -56,7 +67,7 @@ def model_card(
         processes: that trained together.
         hardware: name of the processor or GPU.
     """
-    data, optimizer, schedule = Path(config.data.source).name, config.optimizer, config.schedule
+    data, optimizer, schedule = data_name(config.data.source), config.optimizer, config.schedule
     names = ", ".join(class_names[:20]) + (", …" if len(class_names) > 20 else "")
     role = "it had no part in training" if split == "test" else "it also chose the epoch"
     low, high = evaluation.interval
@@ -97,7 +108,7 @@ EPSANet is by Zhang, Zu, Lu, Zou and Meng, ACCV 2022, arXiv:2105.14447.
 def _metadata(config: TrainConfig, licence: str | None, split: str, evaluation: Evaluation) -> str:
     """The Hub's metadata in YAML; a data set is named as such where it is one of the Hub's."""
     source = config.data.source
-    name = Path(source).name
+    name = data_name(source)
     result = EvalResult(
         task_type="image-classification",
         dataset_type=source.removeprefix("hfds/") if source.startswith("hfds/") else name,

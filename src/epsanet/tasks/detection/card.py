@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 
+from epsanet.tasks.card import data_name
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import counted, duration
 from epsanet.tasks.detection.scores import DetectionEvaluation
@@ -58,7 +58,7 @@ def detector_card(
     """
     detector = config.detector
     assert detector is not None
-    data, optimizer, schedule = Path(config.data.source).name, config.optimizer, config.schedule
+    data, optimizer, schedule = data_name(config.data.source), config.optimizer, config.schedule
     names = evaluation.class_names
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     role = "it had no part in training" if split == "test" else "it also chose the epoch"
