@@ -33,6 +33,7 @@ import epsanet
 from epsanet import kernels
 from epsanet.kernels import choice
 from epsanet.network.psa import SPC
+from epsanet.tasks.devices import keep_freed_memory
 
 RIVALS = ("resnet50", "seresnet50", "ecaresnet50t", "skresnet50", "resnext50_32x4d")
 NETWORKS = ("epsanet50_small", "epsanet50_large", "epsanet101_small", "epsanet101_large")
@@ -366,6 +367,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the commands do; for every contender
     clock = Clock(arguments.clock, arguments.rounds or (5 if arguments.quick else 9))
     print(
         f"{datetime.date.today()} · {platform.machine()} · {kernels.instruction_set()} · {arguments.threads} threads · "

@@ -38,8 +38,10 @@ def run(values: dict[str, Any]) -> int:
     from epsanet._processes import rank
     from epsanet.network.model_folder import is_detector
     from epsanet.tasks.console import console
+    from epsanet.tasks.devices import keep_freed_memory
     from epsanet.tasks.evaluate import evaluate
 
+    keep_freed_memory()
     as_json = values.pop("json")
     if is_detector(values["model"]):
         return _evaluate_detector(values, as_json=as_json)

@@ -32,8 +32,10 @@ def parser() -> ArgumentParser:
 def run(values: dict[str, Any]) -> int:
     """Do it with the flags\' values; the exit code."""
     from epsanet.network.model_folder import is_detector
+    from epsanet.tasks.devices import keep_freed_memory
     from epsanet.tasks.tables import check_output
 
+    keep_freed_memory()
     if values["output"] is not None:
         check_output(values["output"])
     pictures, score_thresh = values.pop("pictures"), values.pop("score_thresh")

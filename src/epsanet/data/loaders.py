@@ -55,7 +55,7 @@ def train_transform(config: DataConfig, data_config: dict[str, Any]) -> Any:
         ratio=config.ratio,
         hflip=config.hflip,
         vflip=config.vflip,
-        color_jitter=config.color_jitter,
+        color_jitter=config.color_jitter or None,  # of nothing, it would still draw numbers
         auto_augment=config.auto_augment,
         re_prob=config.re_prob,
         interpolation=data_config["interpolation"],

@@ -41,11 +41,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep for this process what it frees, so that the next step of a training on a CPU finds it.
+    """Have glibc keep for this process what it frees, so that the next batch on a CPU finds it.
 
-    As glibc stands, each large tensor is mapped anew, and the system clears its pages: a fifth of a step's time in some
-    networks. This concerns the whole process, so it is for a program to call and not for a library. Elsewhere it does
-    nothing.
+    As glibc stands, each large tensor is mapped anew, and the system clears its pages: a fifth of a training step's
+    time in some networks. This concerns the whole process, so it is for a program to call and not for a library.
+    Elsewhere it does nothing.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
