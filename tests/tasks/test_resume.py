@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import signal
@@ -93,6 +94,24 @@ def test_a_run_can_be_stopped_more_than_once(
         assert checkpoint(run)["global_step"] == step + 1
     train(resume=run)
     same_run(run, trained.result.run)
+
+
+@pytest.mark.parametrize("epochs", [3, 6])
+def test_a_run_that_goes_on_with_fewer_or_more_epochs_has_their_schedule(
+    epochs: int, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(TrainingInterrupted):
+            train(small(run, schedule__epochs=4))
+    train(small(run, schedule__epochs=epochs), resume=run)
+
+    def cosine(step: int, epochs: int) -> float:
+        return 0.01 * (1 + math.cos(math.pi * step / (5 * epochs)))
+
+    wanted = [cosine(5, 4), *(cosine(5 * epoch, epochs) for epoch in range(2, epochs + 1))]
+    assert [row["lr"] for row in metrics(run)] == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
 @pytest.fixture

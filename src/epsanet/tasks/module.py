@@ -129,6 +129,13 @@ class TaskModule(lightning.LightningModule):
         """Note what the order of the images and the schedule rest on."""
         checkpoint["images_per_step"] = self.images_per_step
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the schedule be what the flags say now: a run may go on with more epochs or fewer.
+
+        A schedule of timm is a function of the step; all that it saves is what it was made with.
+        """
+        checkpoint["lr_schedulers"] = [{} for _ in checkpoint["lr_schedulers"]]
+
     def configure_optimizers(self) -> Any:
         assert self.config is not None
         wanted, schedule = self.config.optimizer, self.config.schedule
