@@ -106,7 +106,6 @@ _CFGS = {
     "epsanet101_large": imagenet_cfg(paper_ids="arXiv:2105.14447"),
     "epsanet50_large_g32": imagenet_cfg(paper_ids="arXiv:2105.14447"),
     "epsanet101_large_g32": imagenet_cfg(paper_ids="arXiv:2105.14447"),
-    "epsanet10_tiny": small_image_cfg(paper_ids="arXiv:2105.14447"),
     "epsanet14_tiny": small_image_cfg(paper_ids="arXiv:2105.14447"),
     "epsanet23_tiny_wide": small_image_cfg(paper_ids="arXiv:2105.14447"),
     "epsanet26_tiny": small_image_cfg(paper_ids="arXiv:2105.14447"),
@@ -196,21 +195,6 @@ def epsanet101_large_g32(pretrained: bool = False, **kwargs: Any) -> EPSANet:
     """EPSANet-101 Large as the paper's text has it: multiplex, groups 32-32-32-32."""
     return _create_epsanet(
         "epsanet101_large_g32", pretrained, kwargs, block=EPSABlock, layers=(3, 4, 23, 3), **_LARGE_G32
-    )
-
-
-@register_model
-def epsanet10_tiny(pretrained: bool = False, **kwargs: Any) -> EPSANet:
-    """For images of about 32×32, four basic blocks of widths 32-64-128-256."""
-    return _create_epsanet(
-        "epsanet10_tiny",
-        pretrained,
-        kwargs,
-        block=EPSABasicBlock,
-        layers=(1, 1, 1, 1),
-        channels=(32, 64, 128, 256),
-        small_images=True,
-        stem_width=32,
     )
 
 

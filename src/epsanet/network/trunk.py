@@ -30,7 +30,7 @@ class Trunk(ResNet):
         **kwargs: of timm's ``ResNet``.
 
     Raises:
-        ValueError: for an impossible stride, stem or block.
+        ValueError: for an impossible stride, stem, stem width or block.
     """
 
     conv1: Any
@@ -55,7 +55,7 @@ class Trunk(ResNet):
         if small_images and not plain:
             raise ValueError("stem_type is for networks with a 7×7 stem; leave it out with small_images=True")
         if plain and (stem_width < 2 or stem_width % 2):
-            raise ValueError(f"stem_width={stem_width} is impossible; use an even number")
+            raise ValueError(f"stem_width={stem_width} is impossible; use an even number of 2 or more")
         if plain and stem_width != 64:
             # timm's plain stem has 64 channels. Its deep one ends in twice stem_width, and is replaced below.
             kwargs = {**kwargs, "stem_type": "deep", "stem_width": stem_width // 2}

@@ -1,4 +1,4 @@
-"""Which device a run uses: what was asked for, or an error; never a silent other one."""
+"""Which device a run uses: what was asked for, or an error, never a silent other one; and memory for a CPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 
 __all__ = ["keep_freed_memory", "processor_name", "resolve_device"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""In glibc's malloc.h."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -34,10 +37,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
     return device
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""In glibc's malloc.h."""
 
 
 def keep_freed_memory() -> None:
