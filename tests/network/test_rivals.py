@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import epsanet
 from epsanet.network.rivals import RIVALS, TOP_FREQUENCIES, FrequencyAttention, dct_filter
+from epsanet.network.weights import load_model, save_model
 
 SMALL = {name: rival for name, rival in RIVALS.items() if name != "epsanet"}
 NARROW = {"channels": (16, 16, 16, 16), "layers": (1, 2, 2, 1)}
@@ -129,6 +131,15 @@ def test_a_state_dict_makes_a_fresh_network_the_same(subject: nn.Module) -> None
 def test_no_weights_are_promised_and_the_remedy_is_named() -> None:
     with pytest.raises(ValueError, match="fcanet50 has no pretrained weights; train it"):
         timm.create_model("fcanet50", pretrained=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_model_folder_gives_back_every_small_network(name: str, tmp_path: Path) -> None:
+    model = create(name, "tiny", **NARROW).eval()
+    save_model(tmp_path / "model", model, ["ant", "bee", "cow"])
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "model").model.eval()(x), model(x))
 
 
 def test_the_dct_is_scipys() -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from timm.layers import GlobalContext
 from timm.layers.non_local_attn import BatNonLocalAttn, NonLocalAttn
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.resnest import ResNestBottleneck
 from timm.models.resnet import Bottleneck
 from timm.models.sknet import SelectiveKernelBottleneck
@@ -303,7 +303,8 @@ def _register(family: _Family, size: Size) -> None:
     fixed = {"block": family.block, "layers": _LAYERS[size], **family.arguments, **own}
 
     def build(pretrained: bool = False, **kwargs: Any) -> Any:
-        if pretrained:
+        source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if pretrained and not source.has_weights:  # a model folder has them
             raise ValueError(f"{name} has no pretrained weights; train it (epsanet train --model {name})")
         block_args = {**fixed.get("block_args", {}), **kwargs.pop("block_args", {})}
         if block_args.get("attn_layer") == "gc_r16":
