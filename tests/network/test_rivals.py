@@ -135,7 +135,7 @@ def test_no_weights_are_promised_and_the_remedy_is_named() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_model_folder_gives_back_every_small_network(name: str, tmp_path: Path) -> None:
-    model = create(name, "tiny", **NARROW).eval()
+    model = create(name, "tiny", num_classes=3, **NARROW).eval()
     save_model(tmp_path / "model", model, ["ant", "bee", "cow"])
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
