@@ -89,7 +89,10 @@ def test_every_parameter_has_a_finite_gradient_that_is_not_zero(subject: nn.Modu
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
-        assert parameter.grad.abs().max() > 0, key
+        if key.endswith("conv_attn.bias"):  # of GCNet: the softmax over positions does not see what is added to all
+            assert parameter.grad.abs().max() < 1e-6, key
+        else:
+            assert parameter.grad.abs().max() > 0, key
 
 
 def test_features_are_those_of_the_stages_run_by_hand(subject: nn.Module) -> None:

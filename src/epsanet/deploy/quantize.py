@@ -60,6 +60,7 @@ def quantize_onnx(path: Path, calibration: RealImages, output: Path) -> None:
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add", "Concat"],
             per_channel=True,
+            reduce_range=True,  # without VNNI, products of eight bits are added up in sixteen, which overflows
         )
 
 
