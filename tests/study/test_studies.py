@@ -25,7 +25,8 @@ from epsanet.network.psa import PSA
 from epsanet.study.config import CompareConfig, StudyConfig
 from epsanet.study.cost import count
 from epsanet.study.report import write_report
-from epsanet.study.rows import ABLATION, ablation_rows, compare_rows
+from epsanet.study.rows import ABLATION, Row, ablation_rows, compare_rows
+from epsanet.study.running import StudyRun, _Crew
 from epsanet.study.tables import Table, printed
 from epsanet.study.worker import rescaled
 
@@ -158,6 +159,23 @@ def flags(pictures: Path, output: Path, seeds: int) -> list[str]:
     path = output.parent / "study-recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return ["study", "compare", str(path), "--output", str(output), "--seeds", str(seeds)]
+
+
+def test_a_run_that_is_still_being_measured_is_time_that_remains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row(name="epsanet", title="EPSANet", model="epsanet14_tiny")
+    done, measured = (StudyRun(folder=tmp_path, row=row, seed=seed) for seed in (0, 1))
+    done.result.parent.mkdir()
+    done.result.write_text('{"score": 50}')
+    metrics = tmp_path / "runs" / measured.name / "metrics.csv"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("epoch\n0\n1\n")
+    crew = _Crew([done, measured], epochs=2, at_once=1, numbers=[0])
+    crew.start, crew.epochs_before = 0.0, 0
+    monkeypatch.setattr(time, "monotonic", lambda: 50.0)
+    crew._say_finished(done)  # five of six parts took 50 seconds
+    assert "1 of 2  epsanet-seed0  50.00 %  remaining 10 s" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(900)  # three processes start from nothing, on whatever the machine leaves them

@@ -255,7 +255,7 @@ class _Crew:
         self.start, self.epochs_before = time.monotonic(), self._epochs_done()
         try:
             with progress_bar() as bar:
-                task = bar.add_task("study", total=len(self.runs) * self.epochs, completed=self.epochs_before)
+                task = bar.add_task("study", total=len(self.runs) * (self.epochs + 1), completed=self.epochs_before)
                 while (self.waiting and not self.signals) or self.working:
                     self._fill()
                     time.sleep(_POLL_SECONDS)
@@ -322,14 +322,15 @@ class _Crew:
     def _say_finished(self, run: StudyRun) -> None:
         found = json.loads(run.result.read_text(encoding="utf-8"))
         done, epochs = sum(run.result.is_file() for run in self.runs), self._epochs_done()
-        left = (len(self.runs) - len(self.failed)) * self.epochs - epochs
+        left = (len(self.runs) - len(self.failed)) * (self.epochs + 1) - epochs
         pace = (time.monotonic() - self.start) / max(epochs - self.epochs_before, 1)
         console.print(
             f"{done} of {len(self.runs)}  {run.name}  {found['score']:.2f} %  remaining {duration(pace * max(left, 0))}"
         )
 
     def _epochs_done(self) -> int:
-        return sum(self.epochs if run.result.is_file() else self._epochs_of(run) for run in self.runs)
+        """The measurement after the last epoch counts for one more."""
+        return sum(self.epochs + 1 if run.result.is_file() else self._epochs_of(run) for run in self.runs)
 
     def _epochs_of(self, run: StudyRun) -> int:
         try:
