@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -173,7 +174,7 @@ def test_a_run_that_is_still_being_measured_is_time_that_remains(
     metrics.write_text("epoch\n0\n1\n")
     crew = _Crew([done, measured], epochs=2, at_once=1, numbers=[0])
     crew.start, crew.epochs_before = 0.0, 0
-    monkeypatch.setattr(time, "monotonic", lambda: 50.0)
+    monkeypatch.setattr("epsanet.study.running.time", SimpleNamespace(monotonic=lambda: 50.0))
     crew._say_finished(done)  # five of six parts took 50 seconds
     assert "1 of 2  epsanet-seed0  50.00 %  remaining 10 s" in capsys.readouterr().out
 
