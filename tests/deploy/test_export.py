@@ -183,11 +183,12 @@ def test_a_network_that_answers_differently_is_refused_and_an_older_bundle_stays
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_int8_keeps_the_accuracy_on_the_digits_and_reports_what_the_runtime_does(
-    kind: str, digits_folder: Path, bundles: dict[str, Exported], tmp_path: Path
+    kind: str, bundles: dict[str, Exported], tmp_path: Path
 ) -> None:
-    config = ExportConfig(format=kind, int8=True, calibrate="digits", agreement=90)  # type: ignore[arg-type]
-    found = export(digits_folder, tmp_path / "bundle", config, note=ignore)
-    loaded = load_model(digits_folder)
+    trained = "epsanet14_tiny.digits"  # the fixture's features are random: what eight bits do to those says little
+    config = ExportConfig(format=kind, int8=True, calibrate="digits")  # type: ignore[arg-type]
+    found = export(trained, tmp_path / "bundle", config, note=ignore)
+    loaded = load_model(trained)
     check = digits("test", loaded, 500)
     with torch.no_grad():
         before = loaded.model(check.images).argmax(1)
@@ -197,6 +198,7 @@ def test_int8_keeps_the_accuracy_on_the_digits_and_reports_what_the_runtime_does
     assert found.agreement.top1 is not None
     right = [100 * (guess == check.labels).double().mean().item() for guess in (before, after)]
     assert found.agreement.top1 == pytest.approx(right, abs=0.28)  # an image may stand on the edge
+    assert right[0] > 98
     assert right[0] - right[1] <= 1.5
     assert 0 < found.agreement.mean < 0.02
     eight_bits = {"onnx": "onnx", "openvino": "bin"}[kind]
