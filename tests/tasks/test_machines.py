@@ -19,7 +19,7 @@ from test_faults import rows
 
 from epsanet.tasks.checkpoints import read
 
-EPOCHS = 12
+EPOCHS = 6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 // Usage: fuzz CALLS [SEED]. Buffers have exactly the size they need, so that one float too far is seen. Instruction
 // sets take turns; the first values of each call are checked against a plain loop.
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -19,8 +20,11 @@ namespace {
 class Floats {
   public:
     Floats(std::size_t count, int offset, std::mt19937 &random) : memory_(new float[count + offset]), offset_(offset) {
-        std::uniform_real_distribution<float> value(-1, 1);
-        for (std::size_t i = 0; i < count; ++i) get()[i] = value(random);
+        std::uint32_t state = std::uint32_t(random());
+        for (std::size_t i = 0; i < count; ++i) {
+            state = state * 1664525u + 1013904223u;  // a linear congruence: sanitized, the real generator takes a fifth of a run
+            get()[i] = float(state >> 8) / float(1 << 23) - 1;  // -1 to 1
+        }
     }
     float *get() { return memory_.get() + offset_; }
 
