@@ -25,7 +25,7 @@ __all__ = ["DIGITS_DETECTION", "DigitsScenes", "open_digits_scenes"]
 DIGITS_DETECTION = "digits-detection"
 SIZE = 128
 """Height and width of a canvas in pixels."""
-_IMAGES = {"train": 1600, "val": 120, "test": 400}
+_IMAGES = {"train": 1200, "val": 120, "test": 400}
 _SIDES = (18, 60)
 """Smallest and largest side of a digit, before it is turned."""
 _VISIBLE = 0.7
