@@ -1,10 +1,12 @@
-"""What a process does with memory that it has freed."""
+"""What a process does with memory that it has freed, and what it calls its processor."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +32,21 @@ def test_freed_memory_is_used_again_without_asking_the_system_for_it() -> None:
     }
     assert pages["as it is"] > 1000
     assert pages["keep"] < pages["as it is"] / 10
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="for Linux on x86")
+@pytest.mark.parametrize(("asked", "instructions"), [("default", "DEFAULT"), ("avx2", "AVX2")])
+def test_the_processors_name_is_followed_by_the_instructions_that_torch_uses(asked: str, instructions: str) -> None:
+    flags = Path("/proc/cpuinfo").read_text()
+    if "avx2" not in flags:
+        pytest.skip("needs AVX2")
+    printed = subprocess.run(
+        [sys.executable, "-c", "from epsanet.tasks.devices import processor_name; print(processor_name())"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": asked},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    name, _, found = printed.stdout.strip().rpartition(", ")
+    assert found == instructions
+    assert f"model name\t: {name}\n" in flags

@@ -53,10 +53,13 @@ def keep_freed_memory() -> None:
 
 
 def processor_name() -> str:
-    """The processor's own name where the system tells it, else its kind."""
+    """The processor's own name where the system tells it, else its kind; and the instructions that torch uses.
+
+    Servers of several generations share a name, and differ by half in what they compute in a second.
+    """
+    name = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        lines = information.read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
