@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import longhand
@@ -389,6 +390,14 @@ def test_a_narrow_stem_is_one_convolution_of_its_width_that_starts_as_all_do(
 def test_an_impossible_stem_width_raises(width: int) -> None:
     with pytest.raises(ValueError, match=f"stem_width={width} is impossible; use an even number of 2 or more"):
         on_meta("epsanet14_tiny", stem_width=width)
+
+
+@pytest.mark.parametrize("name", ["epsanet50_small", "epsanet14_tiny", "fcanet26_tiny"])
+@pytest.mark.parametrize("wrong", [(1, 1), (1, 1, 1, 1, 1), (1, 1, 0, 1), (1, 1, 1.5, 1), "1111", 4])
+def test_other_than_four_stages_raise(name: str, wrong: object) -> None:
+    for argument in ("layers", "channels"):
+        with pytest.raises(ValueError, match=rf"^{argument}={re.escape(repr(wrong))} is impossible; .* four stages$"):
+            on_meta(name, **{argument: wrong})
 
 
 def test_a_deep_stem_on_the_stem_for_small_images_raises() -> None:

@@ -30,7 +30,7 @@ class Trunk(ResNet):
         **kwargs: of timm's ``ResNet``.
 
     Raises:
-        ValueError: for an impossible stride, stem, stem width or block.
+        ValueError: for an impossible stride, stem, stem width or block, and for other than four stages.
     """
 
     conv1: Any
@@ -45,6 +45,9 @@ class Trunk(ResNet):
         zero_init_last: bool = False,
         **kwargs: Any,
     ) -> None:
+        _check_stages("layers", layers)
+        if "channels" in kwargs:
+            _check_stages("channels", kwargs["channels"])
         # timm counts a stem of stride 4; a stem of stride 1 makes every stride a quarter of that.
         stem_stride = 1 if small_images else 4
         strides = tuple(stem_stride * stride for stride in (2, 4, 8))
@@ -90,6 +93,18 @@ class Trunk(ResNet):
     def stages(self) -> list[nn.Sequential]:
         """The four stages."""
         return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+
+def _check_stages(name: str, values: object) -> None:
+    """Four whole numbers: timm makes a network of any stages, and fails when an image goes through it."""
+    if (
+        not isinstance(values, Sequence)
+        or len(values) != 4
+        or any(not isinstance(value, int) or value < 1 for value in values)
+    ):
+        raise ValueError(
+            f"{name}={values!r} is impossible; give a whole number of 1 or more for each of the four stages"
+        )
 
 
 def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
