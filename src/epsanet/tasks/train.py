@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import lightning
 import torch
 import yaml
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from epsanet._files import atomic_file
 from epsanet._processes import agree, first, gather, in_company, rank
@@ -133,7 +134,7 @@ def _fit(run: Run, checkpoint: Path | None) -> History:
             logger=TensorBoardLogger(run.folder, name="", version="tensorboard") if has_tensorboard() else False,
             callbacks=[
                 # First, so that what is saved after a step has the average of that step.
-                *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay is not None else []),
+                *([_moving_average(config.ema_decay)] if config.ema_decay is not None else []),
                 history,
                 Reporter(history),
                 RandomStates(),
@@ -156,6 +157,11 @@ def _fit(run: Run, checkpoint: Path | None) -> History:
         except DivergedError as error:
             raise DivergedError(f"{error}; {_list_images(run, error.images)}", error.images) from error
     return history
+
+
+def _moving_average(decay: float) -> WeightAveraging:
+    """Lightning's, over all tensors at once: one at a time, they take as long as the optimiser or longer."""
+    return WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def _list_images(run: Run, images: list[str]) -> str:
