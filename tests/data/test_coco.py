@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from detecting import coco_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from making import real_data
 
-from epsanet.data.coco import CocoSamples, check_coco, find_coco_splits, open_coco, open_coco_split
+from epsanet.data.coco import CocoSamples, check_coco, find_coco_splits, open_coco, open_coco_split, read_rle
 from epsanet.data.config import DataConfig
 
 
@@ -96,6 +100,69 @@ def test_polygons_and_both_run_length_encodings_give_the_same_mask(tmp_path: Pat
         assert np.array_equal(objects.masks[0].numpy(), square)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("segmentation", [[5, 10, 25, float("nan"), 25, 30]], "a corner that is no number"),
+        ("segmentation", [[5, 10, 1e9, 10, 25, 30]], "far outside the image"),
+        ("segmentation", [[5, 10, 10**400, 10, 25, 30]], "a corner that is no number"),
+        ("segmentation", [[5, 10, "25", 10, 25, 30]], "a corner that is no number"),
+        ("segmentation", [5, 10, 25, 10, 25, 30], "less than three corners"),
+        ("segmentation", [], "has no polygon"),
+        ("segmentation", {"size": 40, "counts": [2000]}, "is of size 40"),
+        ("segmentation", {"size": [50, 40], "counts": [2000]}, r"is of size \[50, 40\]"),
+        ("segmentation", {"size": [40, 50], "counts": [-5, 2005]}, "neither whole numbers"),
+        ("segmentation", {"size": [40, 50], "counts": ["2000"]}, "neither whole numbers"),
+        ("segmentation", {"size": [40, 50], "counts": [10**9]}, "do not fill"),
+        ("segmentation", {"size": [40, 50], "counts": "zzzzzzzzzzzz"}, "neither whole numbers"),
+        ("segmentation", {"size": [40, 50], "counts": "\x00"}, "neither whole numbers"),
+        ("segmentation", {"size": [40, 50], "counts": "oooooo1"}, "do not fill"),
+        ("bbox", [5, 10, float("inf"), 20], "not four numbers"),
+        ("iscrowd", "x", "neither 0 nor 1"),
+    ],
+)
+def test_what_would_bring_the_decoder_down_is_left_out(field: str, value: Any, problem: str, tmp_path: Path) -> None:
+    """A corner that is no number takes all memory in it, and runs that do not fill the image may write past it."""
+    folder = coco_folder(tmp_path, images=4, size=(50, 40))
+
+    def write(content: dict[str, Any]) -> None:
+        content["annotations"][0][field] = value
+
+    changed(folder, write)
+    sound = json.loads((folder / "annotations" / "instances_train.json").read_text())["annotations"]
+    splits = opened(folder)
+    ((kind, (name,)),) = splits.reports[0].problems.items()
+    assert name.startswith(f"annotation {sound[0]['id']} of ")
+    assert re.search(problem, f"{kind} {name}")
+    assert sum(len(splits.train.annotations(place)) for place in range(len(splits.train))) == len(sound) - 1
+    for position in range(len(splits.train)):
+        splits.train.read(position)
+
+
+@settings(max_examples=100)
+@given(arrays(np.uint8, st.tuples(st.integers(1, 70), st.integers(1, 70)), elements=st.integers(0, 1)))
+def test_any_mask_that_pycocotools_has_compressed_is_read(wanted: np.ndarray) -> None:
+    from pycocotools import mask as reference
+
+    compressed = reference.encode(np.asfortranarray(wanted))
+    segmentation = {"size": list(wanted.shape), "counts": compressed["counts"].decode()}
+    assert np.array_equal(read_rle(segmentation, *wanted.shape), wanted)
+    with pytest.raises(ValueError, match="of size"):
+        read_rle(segmentation, wanted.shape[0] + 1, wanted.shape[1])
+
+
+def test_an_area_that_is_no_number_is_that_of_the_box(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+
+    def write(content: dict[str, Any]) -> None:
+        first = content["annotations"][0]
+        first["area"] = "large"
+        first["bbox"] = [1, 2, 10, 12]
+
+    changed(folder, write)
+    assert opened(folder, masks=False).train.read(0)[1].area.tolist()[0] == 120
+
+
 def test_gaps_in_ids_are_closed_by_name_and_empty_images_stay(tmp_path: Path) -> None:
     """The folder has categories 3 and 8; the validation file has them in the other order, with other ids."""
     folder = coco_folder(tmp_path)
@@ -157,7 +224,7 @@ def test_everything_wrong_is_named_counted_and_left_out(tmp_path: Path) -> None:
     problems = splits.reports[0].problems
     shown = {kind: names[0] for kind, names in problems.items()}
     assert {kind: len(names) for kind, names in problems.items()} == dict.fromkeys(problems, 1) | {
-        "boxes without area": 2
+        "boxes that are not four numbers": 2
     }
     assert shown["missing images"].endswith("gone.png (no such file)")
     assert "3.png (not an image" in shown["damaged images"]
@@ -167,7 +234,7 @@ def test_everything_wrong_is_named_counted_and_left_out(tmp_path: Path) -> None:
     assert shown["boxes without area"] == "annotation 900 of 2.png"
     assert shown["boxes outside the image"] == "annotation 901 of 2.png"
     assert shown["boxes reaching out of the image, cut at its border"] == "annotation 902 of 2.png"
-    assert shown["boxes that are not four numbers"] == "annotation 904 of 2.png"
+    assert shown["boxes that are not four numbers"] == "annotation 903 of 2.png"
     assert shown["annotations of unknown categories"] == "annotation 905 of category 77"
     assert shown["annotations of unknown images"] == "annotation 906 of image 12345"
     assert shown["objects without a usable segmentation"].startswith("annotation 907 of 2.png (has a polygon")
@@ -186,6 +253,11 @@ def test_everything_wrong_is_named_counted_and_left_out(tmp_path: Path) -> None:
         ("[]", "no list 'images'"),
         ('{"images": [], "annotations": []}', "no list 'categories'"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "no 'file_name'"),
+        (
+            '{"images": [{"id": [1], "file_name": "a.png"}], "annotations": [], "categories": []}',
+            "'id' of a wrong type",
+        ),
+        ('{"images": [], "annotations": [], "categories": [{"id": "1", "name": "a"}]}', "'id' of a wrong type"),
         (
             '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}',
             "twice: a",

@@ -36,6 +36,10 @@ __all__ = ["CocoSamples", "check_coco", "find_coco_splits", "open_coco", "open_c
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 _TOLERANCE = 1.0
 """Annotators' tools round: a box may reach so many pixels out of its image without being called wrong."""
+_FARTHEST = 4
+"""A polygon may reach so many times the longer side of its image out of it."""
+_LARGEST = 1e9
+"""Numbers from this on are no pixels."""
 
 
 class CocoSamples(DetectionSamples):
@@ -156,10 +160,8 @@ class CocoSamples(DetectionSamples):
             labels=torch.tensor(
                 [self._labels[self._categories[entry["category_id"]]] for entry in entries], dtype=torch.int64
             ),
-            iscrowd=torch.tensor([int(entry.get("iscrowd", 0)) for entry in entries], dtype=torch.int64),
-            area=torch.tensor(
-                [entry.get("area") or entry["bbox"][2] * entry["bbox"][3] for entry in entries], dtype=torch.float32
-            ),
+            iscrowd=torch.tensor([int(entry.get("iscrowd") or 0) for entry in entries], dtype=torch.int64),
+            area=torch.tensor([_area(entry) for entry in entries], dtype=torch.float32),
             masks=(torch.from_numpy(np.stack(decoded)) if decoded else torch.zeros(shape, dtype=torch.uint8))
             if masks
             else None,
@@ -195,17 +197,20 @@ class CocoSamples(DetectionSamples):
         )
 
 
+_FIELDS: dict[str, dict[str, Any]] = {
+    "images": {"id": int | str, "file_name": str},
+    "annotations": {"id": int | str, "image_id": int | str, "category_id": int, "bbox": object},
+    "categories": {"id": int, "name": int | str},
+}
+"""What every entry has, and of which type."""
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
-    wanted = {
-        "images": ("id", "file_name"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    for key, fields in wanted.items():
+    for key, fields in _FIELDS.items():
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{file} is no COCO JSON: it has no list {key!r}")
@@ -215,7 +220,19 @@ def _read_json(file: Path) -> dict[str, Any]:
                 raise ValueError(
                     f"{file} is no COCO JSON: an entry of {key!r} has no {lacking[0]!r}: {str(entry)[:80]}"
                 )
+            wrong = [name for name, kinds in fields.items() if not isinstance(entry[name], kinds)]
+            if wrong:
+                raise ValueError(
+                    f"{file} is no COCO JSON: an entry of {key!r} has {wrong[0]!r} of a wrong type: {str(entry)[:80]}"
+                )
     return content
+
+
+def _area(annotation: dict[str, Any]) -> float:
+    """Of an object in pixels; of its box, where the file does not say."""
+    area: Any = annotation.get("area")
+    _, _, width, height = annotation["bbox"]
+    return float(area) if _is_number(area) and area > 0 else float(width * height)
 
 
 def read_rle(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -245,23 +262,53 @@ def read_rle(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def _segmentation_error(segmentation: Any, height: int, width: int) -> str:
+    """What keeps a segmentation from being decoded; the decoder checks nothing, and would take all memory."""
     if isinstance(segmentation, list):
-        good = all(
-            isinstance(polygon, list)
-            and len(polygon) >= 6
-            and len(polygon) % 2 == 0
-            and all(isinstance(value, int | float) for value in polygon)
-            for polygon in segmentation
-        )
-        return "" if segmentation and good else "has a polygon of less than three corners"
+        return _polygon_error(segmentation, _FARTHEST * max(height, width))
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "is neither polygons nor a run-length encoding"
-    if list(segmentation["size"]) != [height, width]:
-        return f"is of size {segmentation['size']}, not {[height, width]}"
+    if segmentation["size"] != [height, width]:
+        return f"is of size {str(segmentation['size'])[:40]}, not {[height, width]}"
     counts = segmentation["counts"]
-    if isinstance(counts, list) and sum(counts) != height * width:
-        return "has counts that do not fill the image"
-    return "" if isinstance(counts, list | str) else "has counts that are neither a list nor a text"
+    if isinstance(counts, str):
+        counts = _run_lengths(counts)
+    if not isinstance(counts, list) or not all(isinstance(count, int) and count >= 0 for count in counts):
+        return "has counts that are neither whole numbers nor COCO's text for them"
+    return "" if sum(counts) == height * width else "has counts that do not fill the image"
+
+
+def _polygon_error(polygons: list[Any], farthest: int) -> str:
+    for polygon in polygons:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+            return "has a polygon of less than three corners"
+        if not all(_is_number(value) and abs(value) <= farthest for value in polygon):
+            return "has a polygon with a corner that is no number, or far outside the image"
+    return "" if polygons else "has no polygon"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < _LARGEST  # NaN is not below
+
+
+def _run_lengths(text: str) -> list[int] | None:
+    """The counts in COCO's compressed text: five bits a character, from the third on the change since the last but one.
+
+    Returns:
+        None when it is no such text.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (1 << shift) if bits & 16 else 0
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return None if shift else counts
 
 
 def check_coco(
@@ -318,15 +365,18 @@ def _good_annotations(
     for entry in samples.annotations(position):
         name = f"annotation {entry['id']} of {samples.images[position]['file_name']}"
         box = entry["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)):
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
             samples.found("boxes that are not four numbers", name)
             continue
         x, y, width, height = box
-        if not (width > 0 and height > 0):  # NaN neither
+        if width <= 0 or height <= 0:
             samples.found("boxes without area", name)
             continue
         if x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0:
             samples.found("boxes outside the image", name)
+            continue
+        if entry.get("iscrowd") not in (0, 1, None):
+            samples.found("annotations whose iscrowd is neither 0 nor 1", name)
             continue
         reach = max(-x, -y, x + width - size[0], y + height - size[1])
         if reach > _TOLERANCE:
