@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -259,7 +260,8 @@ def finished(tmp_path: Path) -> Path:
             run = {"network": name, "title": name.title(), "seed": seed, "score": score, "parameters": 1000}
             run |= {"gmacs": 0.01, "milliseconds": 0.5, "train_seconds": 60.0, "processor": "a CPU", "threads": 1}
             run |= {"top1_at_0.5": score - 30, "top1_at_1": score, "top1_at_1.5": score - 10}
-            run |= {"finished": "2026-01-01 00:00:00"}
+            run |= {"finished": "2026-01-01 00:00:00", "split": "val", "images": 200, "torch": "2.14"}
+            run |= {"model": "epsanet14_tiny", "model_args": "{}"}
             (tmp_path / "results" / f"{name}-seed{seed}.json").write_text(json.dumps(run))
     return tmp_path
 
@@ -302,6 +304,45 @@ def test_a_study_that_is_not_finished_is_reported_with_what_is_lacking(finished:
 def test_a_reference_without_runs_is_named(finished: Path) -> None:
     with pytest.raises(ValueError, match="no finished run of 'resnet', only of paper, split"):
         write_report(finished, "resnet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": None}, "'score' is 'None'"),
+        ({"score": float("nan")}, "'score' is 'nan'"),
+        ({"seed": "0"}, "'seed' is '0'"),
+        ({"seed": 0.5}, "'seed' is 0.5"),
+        ({"gmacs": []}, r"'gmacs' is '\[\]'"),
+        ({"model_args": "[]"}, "'model_args' is no object"),
+        ({"model_args": "{"}, "Expecting"),
+    ],
+)
+def test_a_damaged_result_is_named_with_the_remedy(
+    change: dict[str, Any], message: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finished / "results" / "split-seed1.json"
+    whole = path.read_text()
+    path.write_text(json.dumps({**json.loads(whole), **change}))
+    assert main(["study", "report", str(finished)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        rf"split-seed1.json is damaged \({message}.*\); take it out, and the study does its run again", said
+    )
+    assert said.count("\n") == 1
+    path.write_text(whole[:100])
+    with pytest.raises(ValueError, match=r"split-seed1.json is damaged"):
+        write_report(finished)
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "[]", "schedule: {epochs: 2}", "\x80"])
+def test_a_study_that_lost_its_settings_is_named(text: str | None, finished: Path) -> None:
+    path = finished / "study.yaml"
+    path.unlink()
+    if text is not None:
+        path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"no study.yaml: it is no study" if text is None else "study.yaml is damaged"):
+        write_report(finished)
 
 
 def test_a_table_prints_as_text_csv_and_markdown() -> None:

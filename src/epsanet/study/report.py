@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
 
 from epsanet._files import atomic_file
-from epsanet.study.running import read_results
+from epsanet.study.rows import ABLATION_REFERENCE
+from epsanet.study.running import read_results, read_study
 from epsanet.study.statistics import Difference, Mean, holm, mean, paired_difference
 from epsanet.study.tables import Table, printed
 from epsanet.tasks.console import counted, duration
@@ -62,8 +62,8 @@ def write_report(folder: str | Path, reference: str | None = None) -> Report:
     """
     folder = Path(folder)
     networks = _networks(read_results(folder))
-    study = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
-    reference = reference or study.get("reference") or "paper"
+    study = read_study(folder)
+    reference = reference or str(study.get("reference") or ABLATION_REFERENCE)
     if reference not in networks:
         raise ValueError(
             f"{folder} has no finished run of {reference!r}, only of {', '.join(networks)}; use --reference"
@@ -96,7 +96,7 @@ def _notes(rows: Sequence[_Network], study: dict[str, Any]) -> tuple[str, ...]:
     first, last = (pick(run["finished"] for run in runs)[:10] for pick in (min, max))
     notes = [
         f"{counted(len(runs), 'run')} of {counted(len(rows), 'network')}, {study['schedule']['epochs']} epochs each, "
-        f"on {study['data']['source']}; matched by: {study['match']}",
+        f"on {study['data']['source']}; matched by: {study.get('match')}",
         f"measured on {'; '.join(hardware)}, {first if first == last else f'{first} to {last}'}",
     ]
     if all("train_seconds" in run for run in runs):

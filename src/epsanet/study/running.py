@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import shlex
 import signal
@@ -37,7 +38,7 @@ from epsanet.study.rows import Row
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import console, counted, duration, messages, progress_bar
 
-__all__ = ["StudyInterrupted", "StudyRun", "read_results", "run_study"]
+__all__ = ["StudyInterrupted", "StudyRun", "read_results", "read_study", "run_study"]
 
 _POLL_SECONDS = 0.5
 COLUMNS = (
@@ -46,6 +47,8 @@ COLUMNS = (
     *("train_images", "attention_spread", "contribution_spread", "model", "model_args", "processor", "threads"),
     *("torch", "finished"),
 )
+_TEXTS = ("network", "title", "split", "model", "model_args", "processor", "torch", "finished")
+_NEEDED = (*_TEXTS, "seed", "images", "score", "parameters", "threads")
 
 
 class StudyInterrupted(Exception):  # noqa: N818 - no error: the user asked for it
@@ -139,7 +142,55 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
     found = sorted((Path(folder) / "results").glob("*.json"))
     if not found:
         raise ValueError(f"{folder} has no finished run of a study (results/*.json)")
-    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    return [_read_result(path) for path in found]
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        reason = _result_error(found)
+    except ValueError as error:
+        reason = str(error)
+    if reason:
+        raise ValueError(f"{path} is damaged ({reason}); take it out, and the study does its run again")
+    return dict(found)
+
+
+def _result_error(found: Any) -> str:
+    """What keeps it from being the result of a run."""
+    if not isinstance(found, dict):
+        return "it is no object"
+    for name in COLUMNS:
+        value, wanted = found.get(name), str if name in _TEXTS else int | float
+        if name not in found and name not in _NEEDED:
+            continue
+        if not isinstance(value, wanted) or (isinstance(value, float) and not math.isfinite(value)):
+            return f"{name!r} is {str(value)[:40]!r}"
+    if not isinstance(found["seed"], int):
+        return f"'seed' is {found['seed']!r}"
+    return "" if isinstance(json.loads(found["model_args"]), dict) else "'model_args' is no object"
+
+
+def read_study(folder: str | Path) -> dict[str, Any]:
+    """What all runs of a study have in common, its ``study.yaml``.
+
+    Args:
+        folder: of the study.
+
+    Raises:
+        ValueError: when it is lacking or damaged.
+    """
+    path = Path(folder) / "study.yaml"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no study.yaml: it is no study, or not all of it was copied") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}; copy it again") from error
+    for name, part in (("schedule", "epochs"), ("data", "source")):
+        if not isinstance(found, dict) or not isinstance(found.get(name), dict) or part not in found[name]:
+            raise ValueError(f"{path} is damaged: it has no {name}.{part}; copy it again")
+    return dict(found)
 
 
 def _write_table(folder: Path) -> Path:
@@ -172,8 +223,7 @@ def _write_study(folder: Path, kind: str, study: StudyConfig, train: TrainConfig
     wanted = yaml.safe_load(yaml.safe_dump({"study": kind, **own, **common}))
     path = folder / "study.yaml"
     if path.is_file():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        other = _difference(before, wanted)
+        other = _difference(read_study(folder), wanted)
         if other:
             raise ValueError(f"{folder} was begun with {other}; use the same, or another --output")
         return
@@ -195,7 +245,7 @@ def _difference(before: Any, now: Any, name: str = "") -> str:
 def _write_config(run: StudyRun, train: TrainConfig) -> None:
     """What the worker reads; a finished run of the same name must have been of the same network."""
     if run.result.is_file():
-        before = json.loads(run.result.read_text(encoding="utf-8"))
+        before = _read_result(run.result)
         other = _difference(json.loads(before["model_args"]), run.row.model_args, "model_args")
         if other or before["model"] != run.row.model:
             raise ValueError(f"{run.result} is of another network ({other or before['model']}); use another --output")
@@ -320,7 +370,7 @@ class _Crew:
                 messages.print(f"{run.name} failed: {''.join(last)} ({shlex.quote(str(log))})", style="red")
 
     def _say_finished(self, run: StudyRun) -> None:
-        found = json.loads(run.result.read_text(encoding="utf-8"))
+        found = _read_result(run.result)
         done, epochs = sum(run.result.is_file() for run in self.runs), self._epochs_done()
         left = (len(self.runs) - len(self.failed)) * (self.epochs + 1) - epochs
         pace = (time.monotonic() - self.start) / max(epochs - self.epochs_before, 1)
