@@ -173,6 +173,33 @@ def test_a_damaged_folder_is_refused_in_one_line(damage: str, tmp_path: Path) ->
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("backbone_args", "layers"), [10**9] * 4, "layers=1000000000, more than anything"),
+        (("detector", "min_size"), 10**9, "min_size=1000000000"),
+        (("detector", "max_size"), 10**9, "max_size=1000000000"),
+        (("detector", "anchor_sizes", 0), float("inf"), r"anchor_sizes=\[inf"),
+        (("std",), [0.2, 0, 0.2], "has a zero"),
+        (("mean",), [float("nan")] * 3, "not three numbers"),
+        (("mean",), 0.5, "not three numbers"),
+    ],
+)
+def test_a_configuration_that_asks_for_too_much_or_for_nonsense_is_refused(
+    place: tuple[str | int, ...], value: Any, message: str, tmp_path: Path
+) -> None:
+    save_detector(tmp_path, detector(), ["a", "b", "c"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    inner: Any = config
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"is damaged: .*{message}.*copy it again") as caught:
+        load_detector(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_group_norms_are_where_the_configuration_puts_them(architecture: Architecture) -> None:
     """16 channels a group in the pyramid and the heads' convolutions, and none without."""

@@ -337,6 +337,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a trillion classes": (config(both_classes(10**12)), "num_classes=1000000000000"),
     "fifty million classes": (config(both_classes(5 * 10**7)), "num_classes=50000000"),
+    "a list of classes": (config(lambda content: content.update(num_classes=[])), r"num_classes=\[\]"),
     "two numbers of classes": (config(lambda content: content.update(num_classes=9)), "several numbers of classes"),
     "a billion blocks": (config(lambda content: content["model_args"].update(layers=[MANY] * 4)), "layers=1000000000"),
     "wide blocks of wide kernels": (
@@ -362,6 +363,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         config(lambda content: content["pretrained_cfg"].update(interpolation="os.mkdir")),
         "interpolation='os.mkdir'",
     ),
+    "an interpolation that is a list": (
+        config(lambda content: content["pretrained_cfg"].update(interpolation=[1])),
+        r"interpolation=\[1\]",
+    ),
+    "one mean": (config(lambda content: content["pretrained_cfg"].update(mean=-1)), "mean=-1, not numbers"),
     "names that are objects": (
         config(lambda content: content.update(label_names=[{"a": 1}] * 10)),
         "label_names that are no list of names",

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 __all__ = ["Architecture", "DetectorConfig"]
 
+_MAX_SIDE = 8192
+"""Pixels that an image is scaled to."""
 Architecture = Literal["faster_rcnn", "mask_rcnn", "retinanet"]
 
 
@@ -54,17 +56,20 @@ class DetectorConfig:
             raise ValueError(
                 f"detector.architecture={self.architecture!r} is unknown; use {', '.join(get_args(Architecture))}"
             )
-        if not 16 <= self.min_size <= self.max_size:
+        if not 16 <= self.min_size <= self.max_size <= _MAX_SIDE:
             raise ValueError(
-                f"detector.min_size={self.min_size} and max_size={self.max_size} do not fit; use 16 or more, rising"
+                f"detector.min_size={self.min_size} and max_size={self.max_size} do not fit; use 16 to {_MAX_SIDE}, "
+                "rising"
             )
         if self.frozen_stages < -1:
             raise ValueError(f"detector.frozen_stages={self.frozen_stages} is impossible; use -1 or more")
         for name in ("fpn_channels", "representation_size", "mask_channels", "sampling_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"detector.{name}={getattr(self, name)} is impossible; use 1 or more")
-        if not self.anchor_sizes or min(self.anchor_sizes) < 1:
-            raise ValueError(f"detector.anchor_sizes={self.anchor_sizes} is impossible; use one size a pyramid level")
+        if not self.anchor_sizes or not all(1 <= size <= _MAX_SIDE for size in self.anchor_sizes):
+            raise ValueError(
+                f"detector.anchor_sizes={self.anchor_sizes} is impossible; use one a pyramid level, 1 to {_MAX_SIDE}"
+            )
         if not self.aspect_ratios or min(self.aspect_ratios) <= 0:
             raise ValueError(f"detector.aspect_ratios={self.aspect_ratios} is impossible; use ratios above 0")
         if not 0 <= self.score_thresh < 1:

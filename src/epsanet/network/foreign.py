@@ -15,7 +15,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,14 @@ from safetensors import SafetensorError, safe_open
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 
-__all__ = ["check_data_config", "check_model_folder", "check_tensors", "read_checkpoint", "reason_without_advice"]
+__all__ = [
+    "check_counts",
+    "check_data_config",
+    "check_model_folder",
+    "check_tensors",
+    "read_checkpoint",
+    "reason_without_advice",
+]
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
@@ -218,15 +225,15 @@ def _check_size(
         _check_header(folder / "model.safetensors")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"the model folder {folder} is damaged: {error}; copy it again") from error
-    most = max([_ANY_COUNT, len(shapes), *(size for shape in shapes.values() for size in shape)])
     classes = {
         "num_classes": config.get("num_classes"),
         "pretrained_cfg.num_classes": preprocessing.get("num_classes"),
         "model_args.num_classes": arguments.get("num_classes"),
     }
-    for name, number in [*classes.items(), *_numbers(arguments, "model_args")]:
-        if isinstance(number, int | float) and not abs(number) <= most:
-            raise ValueError(f"{path} has {name}={number}, more than anything in model.safetensors; copy it again")
+    for name, number in classes.items():
+        if number is not None and not isinstance(number, int):
+            raise ValueError(f"{path} has {name}={str(number)[:40]}, not a whole number; correct it")
+    check_counts(classes | {"model_args": arguments}, list(shapes.values()), path)
     if len({number for number in classes.values() if number is not None}) > 1:
         raise ValueError(f"{path} gives several numbers of classes: {classes}; correct it")
     try:
@@ -244,6 +251,24 @@ def _check_size(
     for name in state.keys() & floating.keys():
         if state[name].is_floating_point() != floating[name]:
             raise ValueError(f"{folder} holds {name} as another kind of number than {state[name].dtype}; copy it again")
+
+
+def check_counts(arguments: dict[str, Any], shapes: Sequence[Sequence[int]], path: Path) -> None:
+    """Refuse numbers that are larger than anything among the weights: a network of so many blocks is never built.
+
+    Args:
+        arguments: of a network, by name; numbers in lists and objects count too.
+        shapes: of its weights.
+        path: of the configuration, for the message.
+
+    Raises:
+        ValueError: for the first of them.
+    """
+    most = max([_ANY_COUNT, len(shapes), *(size for shape in shapes for size in shape)])
+    for key, value in arguments.items():
+        for name, number in _numbers(value, key):
+            if isinstance(number, int | float) and not abs(number) <= most:
+                raise ValueError(f"{path} has {name}={number}, more than anything in model.safetensors; copy it again")
 
 
 def _check_header(path: Path) -> None:
@@ -271,7 +296,9 @@ def check_data_config(data_config: dict[str, Any], source: object) -> None:
     """
     for key in ("input_size", "mean", "std"):
         numbers = data_config[key]
-        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        if not isinstance(numbers, list | tuple) or not all(
+            isinstance(number, int | float) and math.isfinite(number) for number in numbers
+        ):
             raise ValueError(f"{source} has {key}={numbers!r}, not numbers; correct it in config.json")
     size, crop = data_config["input_size"], data_config["crop_pct"]
     sides = size[1:]
@@ -285,7 +312,7 @@ def check_data_config(data_config: dict[str, Any], source: object) -> None:
         raise ValueError(f"{source} has crop_mode={data_config['crop_mode']!r}; use center, squash or border")
     try:
         str_to_interp_mode(data_config["interpolation"])
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{source} has interpolation={data_config['interpolation']!r}; use bilinear or bicubic"
         ) from error
