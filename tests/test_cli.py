@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from making import class_folders
 from PIL import Image
 
 from epsanet.cli import main
+from epsanet.tasks.config import load_recipe
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = ["--model=epsanet14_tiny", "--data.input-size=8", "--data.batch-size=8", "--data.workers=0", "--device=cpu"]
@@ -399,3 +401,24 @@ def test_convert_goes_both_ways_and_does_not_overwrite(run: Run, tmp_path: Path)
     (tmp_path / "words.pth").write_text("words")
     fails(run("convert", tmp_path / "words.pth", tmp_path / "new"), "words.pth")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("schedule: {epochs: }", "schedule.epochs is empty; give it a value, or leave it out for 120"),
+        ("data: {source: x, batch_size: }", "data.batch_size is empty; give it a value, or leave it out for 64"),
+        (
+            "model: resnet18\noptimizer:",
+            "optimizer=None has no parts; leave it out, or give it some, such as optimizer",
+        ),
+        ("schedule: 1.5", "schedule=1.5 has no parts"),
+    ],
+)
+def test_a_key_of_a_recipe_without_a_value_is_named(text: str, said: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    fails(run("train", tmp_path / "recipe.yaml", "--output", tmp_path / "run"), said)
+    fails(run("study", "ablation", tmp_path / "recipe.yaml", "--output", tmp_path / "run"), said.split(";")[0])
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_recipe(str(tmp_path / "recipe.yaml"))
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from epsanet._flags import refuse_empty
 from epsanet.cli.flags import EXIT_INTERRUPTED, EXIT_USER
 
 __all__ = ["COMMANDS", "main"]
@@ -25,7 +26,7 @@ COMMANDS = {
     "publish": "a model folder to the Hugging Face Hub",
 }
 """Each is the module of its name here, with ``parser``, ``run`` and, where argparse is too narrow, ``arrange``; one
-that has commands of its own adds them in ``add_parts``."""
+that has commands of its own adds them in ``add_parts``, which returns the parser of each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,15 +87,21 @@ def _run(words: list[str]) -> int:
     commands = parser.add_subcommands(required=True, dest="command")
     chosen = next((word for word in words if word in COMMANDS), "")
     command: Any = import_module(f"epsanet.cli.{chosen}") if chosen else None
+    flags: dict[str, ArgumentParser] = {}
     for name, text in COMMANDS.items():
         sub = command.parser() if name == chosen else ArgumentParser(exit_on_error=False)
         sub.description = text
         commands.add_subcommand(name, sub, help=text)
-        if name == chosen and hasattr(command, "add_parts"):
-            command.add_parts(sub)  # jsonargparse wants the upper level first
+        if name == chosen:
+            # jsonargparse wants the upper level first
+            flags = command.add_parts(sub) if hasattr(command, "add_parts") else {"": sub}
     arrange = getattr(command, "arrange", None)
     try:
         namespace = parser.parse_args(arrange(words) if arrange else words)
+        if chosen:
+            given = namespace[chosen]
+            part = "" if "" in flags else given.part
+            refuse_empty(flags[part], given[part] if part else given)
         values = parser.instantiate(namespace)
     except ArgumentError as error:
         raise ValueError(f"{error}; see epsanet {chosen + ' ' if chosen else ''}--help") from error

@@ -26,8 +26,8 @@ def parser() -> ArgumentParser:
     return ArgumentParser(exit_on_error=False)
 
 
-def add_parts(parser: ArgumentParser) -> None:
-    """The commands of this command."""
+def add_parts(parser: ArgumentParser) -> dict[str, ArgumentParser]:
+    """Add the commands of this command; the parser of each."""
     from jsonargparse import ArgumentParser
 
     from epsanet.study.config import CompareConfig, StudyConfig, study_parser, study_recipe_names
@@ -55,6 +55,7 @@ def add_parts(parser: ArgumentParser) -> None:
             )
         made[name].description = text
         parts.add_subcommand(name, made[name], help=text)
+    return made
 
 
 def arrange(words: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from epsanet._flags import refuse_empty
 from epsanet.data.config import DataConfig
 from epsanet.network.detector_config import DetectorConfig
 
@@ -214,6 +215,7 @@ def load_recipe(name: str = "digits", overrides: list[str] | None = None) -> Tra
     parser = train_parser()
     try:
         namespace = parser.parse_args([f"--config={recipe_path(name)}", *(overrides or [])])
+        refuse_empty(parser, namespace)
         values = parser.instantiate(namespace)
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
