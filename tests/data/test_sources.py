@@ -13,6 +13,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from making import class_folders, parquet, pixels, png, real_data, shards
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from epsanet.data.check import check_images
 from epsanet.data.config import DataConfig
 from epsanet.data.images import read_image
 from epsanet.data.samples import Samples, match_classes
@@ -352,6 +354,53 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"p\.parquet cannot be read: ") as raised:
         open_data(DataConfig(source=str(tmp_path / "p.parquet"), root=str(tmp_path / "cache")))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": [1, 2], "label": [0, 1]}, "no images in column 'image' but .*int64.*--data.image_key"),
+        ({"image": ["a.png", "b.png"], "label": [[0], [1]]}, "more than one number .* in column 'label'.*label_key"),
+        ({"image": ["a.png", "b.png"], "label": [0, None]}, "without a label in column 'label'"),
+    ],
+)
+def test_columns_of_another_kind_are_one_line(columns: dict[str, list[Any]], message: str, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=message) as raised:
+        open_data(DataConfig(source=str(tmp_path / "p.parquet"), root=str(tmp_path / "cache")))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_parquet_file_without_a_row_is_one_line(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    empty = pyarrow.table({"image": pyarrow.array([], pyarrow.string()), "label": pyarrow.array([], pyarrow.int64())})
+    pyarrow.parquet.write_table(empty, tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=r"p\.parquet cannot be read: ") as raised:
+        open_data(DataConfig(source=str(tmp_path / "p.parquet"), root=str(tmp_path / "cache")))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_row_without_an_image_is_a_bad_image(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [None, *({"bytes": png(pixels(0, position)), "path": None} for position in range(19))]
+    table = pyarrow.table({"image": rows, "label": [0, 1] * 10})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    splits = open_data(DataConfig(source=str(tmp_path / "p.parquet"), root=str(tmp_path / "cache")))
+    assert isinstance(splits.train, Samples)
+    assert isinstance(splits.val, Samples)
+    bad = {}
+    for samples in (splits.train, splits.val):
+        kept, report = check_images(samples, "images", on_bad_image="skip")
+        bad |= report.bad
+        assert len(kept) == len(samples) - len(report.bad)
+    assert list(bad.values()) == ["no image in its row"]
 
 
 def test_the_real_cifar_10_has_its_ten_classes_in_order(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from epsanet.data.config import DataConfig
-from epsanet.data.images import IMAGE_SUFFIXES, image_files, printable
+from epsanet.data.images import IMAGE_SUFFIXES, ImageError, image_files, printable
 
 __all__ = [
     "DigitsSamples",
@@ -153,12 +153,23 @@ class HuggingFaceSamples(Samples):
                     "name them with --data.image_key and --data.label_key"
                 )
         self._name, self._key = name, config.image_key
-        self._images = dataset.select_columns([config.image_key]).cast_column(
-            config.image_key, datasets.Image(decode=False)
-        )
+        try:
+            self._images = dataset.select_columns([config.image_key]).cast_column(
+                config.image_key, datasets.Image(decode=False)
+            )
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} has no images in column {config.image_key!r} but {dataset.features[config.image_key]}; "
+                "name another with --data.image_key"
+            ) from error
         values = dataset[config.label_key][:]
         if any(value is None for value in values):
             raise ValueError(f"{name} has images without a label in column {config.label_key!r}; remove them")
+        if not all(isinstance(value, int | float | str) for value in values):
+            raise ValueError(
+                f"{name} has more than one number or name for an image in column {config.label_key!r}; name another "
+                "with --data.label_key"
+            )
         named: list[Any] | None = getattr(dataset.features[config.label_key], "names", None)
         if named is None and (class_names is None or any(isinstance(value, str) for value in values)):
             named = sorted(set(values))
@@ -172,7 +183,9 @@ class HuggingFaceSamples(Samples):
         _check_labels(name, self.labels, self.class_names)
 
     def open(self, position: int) -> Path | BinaryIO:
-        image = self._images[position][self._key]
+        image = self._images[position][self._key] or {"bytes": None, "path": None}
+        if image["bytes"] is None and image["path"] is None:
+            raise ImageError("no image in its row")
         return io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
 
     def name(self, position: int) -> str:

@@ -298,17 +298,22 @@ def _open_hugging_face(
             builder = datasets.load_dataset_builder(**arguments, cache_dir=config.root)
         else:
             found = datasets.load_dataset(**arguments, cache_dir=config.root)
-    except (OSError, ValueError, RuntimeError) as error:  # datasets' own errors derive from these
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{source} cannot be read: {first}") from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).strip()
+        raise ValueError(f"{source} cannot be read: {(reason or type(error).__name__).splitlines()[0]}") from error
     # Benchmarks publish test images with -1 for a label that they keep to themselves.
     if config.streaming:
         return _open_streams(source, builder, config, names)
     return {
         split: HuggingFaceSamples(f"{source}:{split}", dataset, config, names)
         for split, dataset in found.items()
-        if not (config.label_key in dataset.column_names and set(dataset[config.label_key][:]) == {-1})
+        if not _is_hidden(dataset, config.label_key)
     }
+
+
+def _is_hidden(dataset: Any, label_key: str) -> bool:
+    labels = dataset[label_key][:] if label_key in dataset.column_names else []
+    return bool(labels) and all(label == -1 for label in labels)
 
 
 def _open_streams(
