@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,31 @@ def test_a_run_that_goes_on_with_fewer_or_more_epochs_has_their_schedule(
 
     wanted = [cosine(5, 4), *(cosine(5 * epoch, epochs) for epoch in range(2, epochs + 1))]
     assert [row["lr"] for row in metrics(run)] == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": "epsanet26_tiny"},
+            r"another network or other classes: 100 weights differ, first model\.layer1\.1\.",
+        ),
+        ({"model_args": {"block_args": {"se": "none"}}}, r"first model\.layer1\.0\.conv2\.se\."),
+        ({"optimizer__opt": "adamw"}, r"was trained with optimizer\.opt=sgd, not adamw; .*another --output"),
+        ({"optimizer__weight_decay": 0.5}, r"was trained with optimizer\.weight_decay=0\.0001, not 0\.5"),
+    ],
+)
+def test_another_network_or_optimiser_cannot_go_on_and_leaves_the_run_as_it_is(
+    changes: dict[str, Any], message: str, trained: Any, small: Small, tmp_path: Path
+) -> None:
+    """What its checkpoint holds would not fit, or would silently be used instead of the flag."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.result.run, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message) as raised:
+        train(small(run, schedule__epochs=4, **changes), resume=run)
+    assert "\n" not in str(raised.value)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 @pytest.fixture

@@ -39,6 +39,12 @@ def mean_of_an_epoch() -> MeanMetric:
     return metric
 
 
+def fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """Settings that the optimiser's state holds; those of a run that goes on must be the same."""
+    names = ("opt", "momentum", "weight_decay", "filter_bias_and_bn", "layer_decay")
+    return {f"optimizer.{name}": getattr(config.optimizer, name) for name in names}
+
+
 class TaskModule(lightning.LightningModule):
     """A network with its optimiser and schedule, as Lightning trains it; losses and scores are the task's.
 
@@ -126,8 +132,10 @@ class TaskModule(lightning.LightningModule):
         return self.config.data.batch_size * world_size()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the order of the images and the schedule rest on."""
+        """Note what the order of the images, the schedule and the optimiser's state rest on."""
+        assert self.config is not None
         checkpoint["images_per_step"] = self.images_per_step
+        checkpoint["optimizer"] = fixed_settings(self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the schedule be what the flags say now: a run may go on with more epochs or fewer.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from epsanet.tasks.checkpoints import newest_sound, tidy
+from epsanet.tasks.checkpoints import newest_sound, read, tidy
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import messages
 from epsanet.tasks.launch import Processes
+from epsanet.tasks.module import TaskModule, fixed_settings
 from epsanet.tasks.report import shown
 
-__all__ = ["find_start", "run_config"]
+__all__ = ["check_continuation", "find_start", "run_config"]
 
 
 def run_config(folder: Path) -> Path:
@@ -62,6 +63,34 @@ def find_start(config: TrainConfig, resume: str | Path | None, processes: Proces
         messages.print(note, style="yellow")
     _check_images_per_step(config, processes, folder, checkpoint.get("images_per_step"))
     return folder, path
+
+
+def check_continuation(checkpoint: Path, module: TaskModule) -> None:
+    """Make sure that a checkpoint is of the network and the optimiser that are to go on.
+
+    Args:
+        checkpoint: to go on from.
+        module: what would be trained.
+
+    Raises:
+        ValueError: when a weight has another name or shape, or the optimiser other settings than its state has.
+    """
+    found, folder = read(checkpoint), checkpoint.parent.parent
+    before, now = ({name: tuple(t.shape) for name, t in x.items()} for x in (found["state_dict"], module.state_dict()))
+    other = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if other:
+        raise ValueError(
+            f"{folder} was trained with another network or other classes: {len(other)} weights differ, first "
+            f"{other[0]}; go on with the same, or start anew with another --output"
+        )
+    assert module.config is not None
+    for name, value in fixed_settings(module.config).items():
+        was = found.get("optimizer", {}).get(name, value)
+        if was != value:
+            raise ValueError(
+                f"{folder} was trained with {name}={was}, not {value}; go on with the same, or start anew with another "
+                "--output"
+            )
 
 
 def _check_images_per_step(config: TrainConfig, processes: Processes, folder: Path, before: int | None) -> None:

@@ -35,7 +35,7 @@ from epsanet.tasks.evaluate import evaluate_module
 from epsanet.tasks.launch import Processes, launch
 from epsanet.tasks.module import DivergedError
 from epsanet.tasks.report import announce, has_tensorboard, next_commands, shown
-from epsanet.tasks.resume import find_start, run_config
+from epsanet.tasks.resume import check_continuation, find_start, run_config
 from epsanet.tasks.run import Run, prepare
 from epsanet.tasks.scores import Evaluation
 
@@ -85,6 +85,8 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
             resume = "auto"
         folder, checkpoint = first(lambda: find_start(config, resume, processes))
         run = _prepare(config, processes, folder, resumed=checkpoint is not None)
+        if checkpoint is not None:
+            first(lambda: check_continuation(checkpoint, run.module()))
         announce(run, resumed=checkpoint is not None)
         agree(lambda: _write_start(run) if rank() == 0 else None)
         history = _fit(run, checkpoint)
