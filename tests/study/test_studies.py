@@ -169,7 +169,7 @@ def test_a_run_that_is_still_being_measured_is_time_that_remains(
     row = Row(name="epsanet", title="EPSANet", model="epsanet14_tiny")
     done, measured = (StudyRun(folder=tmp_path, row=row, seed=seed) for seed in (0, 1))
     done.result.parent.mkdir()
-    done.result.write_text('{"score": 50}')
+    done.result.write_text(made_up("epsanet", 0, 50.0))
     metrics = tmp_path / "runs" / measured.name / "metrics.csv"
     metrics.parent.mkdir(parents=True)
     metrics.write_text("epoch\n0\n1\n")
@@ -249,6 +249,15 @@ def test_objects_at_one_and_a_half_size_are_the_middle_enlarged() -> None:
 SCORES = {"paper": [70.0, 71.0, 70.5], "split": [68.0, 69.5, 68.7], "split+se_none": [67.5, 69.6, 68.2]}
 
 
+def made_up(name: str, seed: int, score: float) -> str:
+    """The result of a run that never was."""
+    run = {"network": name, "title": name.title(), "seed": seed, "score": score, "parameters": 1000}
+    run |= {"gmacs": 0.01, "milliseconds": 0.5, "train_seconds": 60.0, "processor": "a CPU", "threads": 1}
+    run |= {"top1_at_0.5": score - 30, "top1_at_1": score, "top1_at_1.5": score - 10}
+    run |= {"finished": "2026-01-01 00:00:00", "split": "val", "images": 200, "torch": "2.14"}
+    return json.dumps({**run, "model": "epsanet14_tiny", "model_args": "{}"})
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A study with made-up results."""
@@ -257,12 +266,7 @@ def finished(tmp_path: Path) -> Path:
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     for name, scores in SCORES.items():
         for seed, score in enumerate(scores):
-            run = {"network": name, "title": name.title(), "seed": seed, "score": score, "parameters": 1000}
-            run |= {"gmacs": 0.01, "milliseconds": 0.5, "train_seconds": 60.0, "processor": "a CPU", "threads": 1}
-            run |= {"top1_at_0.5": score - 30, "top1_at_1": score, "top1_at_1.5": score - 10}
-            run |= {"finished": "2026-01-01 00:00:00", "split": "val", "images": 200, "torch": "2.14"}
-            run |= {"model": "epsanet14_tiny", "model_args": "{}"}
-            (tmp_path / "results" / f"{name}-seed{seed}.json").write_text(json.dumps(run))
+            (tmp_path / "results" / f"{name}-seed{seed}.json").write_text(made_up(name, seed, score))
     return tmp_path
 
 

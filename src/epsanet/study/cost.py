@@ -43,8 +43,9 @@ def cost(name: str) -> Cost:
         ValueError: when there is none of that name.
     """
     with torch.device("meta"):
-        size = create_model(name).pretrained_cfg["input_size"][-1]
-    parameters, macs = count(name, size)
+        model = create_model(name)
+    size = model.pretrained_cfg["input_size"][-1]
+    parameters, macs = _count(model, size)
     return Cost(name=name, input_size=size, parameters=parameters, macs=macs, published=PUBLISHED.get(name))
 
 
@@ -60,10 +61,13 @@ def count(name: str, input_size: int, **model_args: Any) -> tuple[int, int]:
         ValueError: when there is none of that name, or an argument is impossible.
     """
     with torch.device("meta"):
-        model = create_model(name, **model_args).eval()
-        image = torch.empty(1, 3, input_size, input_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
+        model = create_model(name, **model_args)
+    return _count(model, input_size)
+
+
+def _count(model: Any, input_size: int) -> tuple[int, int]:
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.device("meta"):
+        model.eval()(torch.empty(1, 3, input_size, input_size))
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
 
 
