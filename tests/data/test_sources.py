@@ -627,7 +627,10 @@ def test_shards_without_names_or_splits_say_what_to_write(sharded: Path, tmp_pat
     (sharded / "info.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match=r"names no classes; list them.*--data\.class_names FILE"):
         open_data(DataConfig(source=f"wds/{sharded}"))
-    for damaged in ("{", "[]", '{"splits": {"train": {}}}', '{"splits": 3}'):
+    lists = ('{"filenames": "train.tar", "num_samples": 4}', '{"filenames": [1], "num_samples": 4}')
+    numbers = '{"filenames": ["train.tar"], "num_samples": []}'
+    inside = [f'{{"splits": {{"train": {split}}}}}' for split in ("{}", *lists, numbers)]
+    for damaged in ("{", "[]", '{"splits": 3}', *inside, '{"class_names": [["a"]]}', '{"class_names": 2}'):
         (sharded / "info.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"info\.json is no description of shards"):
             open_data(DataConfig(source=f"wds/{sharded}"))

@@ -366,13 +366,26 @@ def _read_shard_info(folder: Path) -> dict[str, Any]:
     import json
 
     path = next((path for path in (folder / "_info.json", folder / "info.json") if path.is_file()), None)
+    if path is None:
+        return {}
     try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        for entry in info.get("splits", {}).values():
-            _ = entry["filenames"], entry["num_samples"]
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        good = all(
+            _are_texts(entry["filenames"]) and isinstance(entry["num_samples"], int | None)
+            for entry in info.get("splits", {}).values()
+        )
+        good &= info.get("class_names") is None or _are_texts(info["class_names"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no description of shards: {error!r}") from error
+    if not good:
+        raise ValueError(
+            f"{path} is no description of shards: filenames and class_names are lists of texts, num_samples is a number"
+        )
     return info
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _expand(pattern: str) -> tuple[list[str], int | None]:
