@@ -305,6 +305,11 @@ def format_that_is_a_path(folder: Path, _: Path) -> None:
     change_description(folder, format="../../x")
 
 
+@kind("onnx", "format ['onnx'] is none of")
+def format_that_is_a_list(folder: Path, _: Path) -> None:
+    change_description(folder, format=["onnx"])
+
+
 @kind("onnx", "is damaged")
 def description_nested_without_end(folder: Path, _: Path) -> None:
     (folder / "bundle.json").write_text("[" * 200_000)

@@ -161,7 +161,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _wrong_with(description: Any) -> str:
     if not isinstance(description, dict) or any(key not in description for key in _KEYS):
         return f"it must say {', '.join(_KEYS)}"
-    if description["format"] not in NETWORK_NAMES:
+    if description["format"] not in list(NETWORK_NAMES):  # it may be a list
         return f"format {description['format']!r} is none of {', '.join(NETWORK_NAMES)}"
     names = description["label_names"]
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
