@@ -129,12 +129,12 @@ def test_what_would_bring_the_decoder_down_is_left_out(field: str, value: Any, p
         content["annotations"][0][field] = value
 
     changed(folder, write)
-    sound = json.loads((folder / "annotations" / "instances_train.json").read_text())["annotations"]
+    entries = json.loads((folder / "annotations" / "instances_train.json").read_text())["annotations"]
     splits = opened(folder)
     ((kind, (name,)),) = splits.reports[0].problems.items()
-    assert name.startswith(f"annotation {sound[0]['id']} of ")
+    assert name.startswith(f"annotation {entries[0]['id']} of ")
     assert re.search(problem, f"{kind} {name}")
-    assert sum(len(splits.train.annotations(place)) for place in range(len(splits.train))) == len(sound) - 1
+    assert sum(len(splits.train.annotations(place)) for place in range(len(splits.train))) == len(entries) - 1
     for position in range(len(splits.train)):
         splits.train.read(position)
 

@@ -180,7 +180,7 @@ def test_a_damaged_folder_is_refused_in_one_line(damage: str, tmp_path: Path) ->
         (("detector", "min_size"), 10**9, "min_size=1000000000"),
         (("detector", "max_size"), 10**9, "max_size=1000000000"),
         (("detector", "anchor_sizes", 0), float("inf"), r"anchor_sizes=\[inf"),
-        (("std",), [0.2, 0, 0.2], "has a zero"),
+        (("std",), [0.2, 0, 0.2], "is not positive"),
         (("mean",), [float("nan")] * 3, "not three numbers"),
         (("mean",), 0.5, "not three numbers"),
     ],

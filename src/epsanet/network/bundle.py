@@ -169,6 +169,14 @@ def _wrong_with(description: Any) -> str:
     data = description["data_config"]
     if not isinstance(data, dict):
         return "data_config is no mapping"
+    wrong = wrong_with_colours(data)
+    if wrong:
+        return wrong
+    return _wrong_with_detector(description) if description.get("task") == DETECTION else _wrong_with_classifier(data)
+
+
+def wrong_with_colours(data: dict[str, Any]) -> str:
+    """What keeps ``mean`` and ``std`` from being numbers of three colours, nothing if they are."""
     for key in ("mean", "std"):
         numbers = data.get(key)
         if not (
@@ -177,9 +185,7 @@ def _wrong_with(description: Any) -> str:
             and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
         ):
             return f"{key}={numbers!r} is not three numbers"
-    if min(data["std"]) <= 0:
-        return f"std={data['std']!r} is not positive"
-    return _wrong_with_detector(description) if description.get("task") == DETECTION else _wrong_with_classifier(data)
+    return f"std={data['std']!r} is not positive" if min(data["std"]) <= 0 else ""
 
 
 def _wrong_with_detector(description: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from epsanet._files import atomic_folder
-from epsanet.network.bundle import DETECTIONS, Run, read_detector_bundle, runtime_outputs
+from epsanet.network.bundle import DETECTIONS, Run, read_detector_bundle, runtime_outputs, wrong_with_colours
 from epsanet.network.detector_config import Architecture, DetectorConfig
 from epsanet.network.foreign import NOT_OF_A_NETWORK, check_counts, check_tensors
 from epsanet.network.model_folder import DETECTION, find_bundle, find_detector
@@ -401,7 +400,9 @@ def load_detector(source: str | Path) -> LoadedDetector:
         tensors = load_file(folder / WEIGHTS_NAME)
         shapes = [tuple(tensor.shape) for tensor in tensors.values()]
         check_counts({"backbone_args": config["backbone_args"]}, shapes, folder / CONFIG_NAME)
-        mean, std = _colours(config, "mean"), _colours(config, "std")
+        reason = wrong_with_colours(config)
+        if reason:
+            raise ValueError(reason)
         with torch.device("meta"):  # the size that the configuration asks for is not believed before it is seen
             wanted = create_detector(*arguments, backbone_args=config["backbone_args"]).network.state_dict()
         wrong = [name for name in wanted.keys() | tensors.keys() if not _alike(wanted.get(name), tensors.get(name))]
@@ -410,7 +411,7 @@ def load_detector(source: str | Path) -> LoadedDetector:
         model = create_detector(*arguments, backbone_args=config["backbone_args"])
         check_tensors(tensors, model.network, folder / WEIGHTS_NAME)
         model.network.load_state_dict(tensors)
-        model.network.transform.image_mean, model.network.transform.image_std = mean, std
+        model.network.transform.image_mean, model.network.transform.image_std = config["mean"], config["std"]
     except _DAMAGE as error:
         raise ValueError(f"the model folder {folder} is damaged: {_first_line(error)}; copy it again") from error
     return LoadedDetector(model=model.eval(), class_names=names)
@@ -418,16 +419,6 @@ def load_detector(source: str | Path) -> LoadedDetector:
 
 # What reading a folder raises that is not what save_detector wrote.
 _DAMAGE = (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, SafetensorError, OSError)
-
-
-def _colours(config: dict[str, Any], name: str) -> list[float]:
-    """The mean, or the standard deviation, of each colour."""
-    values = config[name]
-    if not isinstance(values, list) or len(values) != 3 or not all(map(math.isfinite, values)):
-        raise ValueError(f"{name}={values!r} is not three numbers")
-    if name == "std" and 0 in values:
-        raise ValueError(f"std={values!r} has a zero")
-    return [float(value) for value in values]
 
 
 def _load_bundle(folder: Path) -> LoadedDetector:
