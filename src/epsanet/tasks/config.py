@@ -22,7 +22,7 @@ class OptimizerConfig:
     """timm's optimisers, under timm's names."""
 
     opt: str = "sgd"
-    """Any optimiser of timm: sgd (with Nesterov momentum), momentum (without), adamw, lamb, …"""
+    """Any optimiser of timm: sgd (with Nesterov momentum), momentum (without), adamw, lamb, muon, …"""
     lr: float = 0.1
     """Highest learning rate."""
     momentum: float = 0.9

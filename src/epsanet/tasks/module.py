@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 import lightning
@@ -14,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from epsanet._processes import agree, world_size
 from epsanet.tasks.config import TrainConfig
+from epsanet.tasks.muon import muon_in_float32
 
 __all__ = ["DivergedError", "TaskModule", "mean_of_an_epoch"]
 
@@ -173,6 +175,10 @@ class TaskModule(lightning.LightningModule):
             updates_per_epoch=self.updates_per_epoch,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        with muon_in_float32() if self.device.type == "cpu" else nullcontext():
+            super().optimizer_step(*args, **kwargs)
 
     def lr_scheduler_step(self, scheduler: Any, _: Any) -> None:
         """timm's schedules take the number of updates."""
