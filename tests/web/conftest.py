@@ -69,6 +69,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, detector_folder: Path) -> I
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
+        assert "Traceback" not in (place / "log").read_text(), "whatever visitors send"
     assert [path for path in (place / "tmp").iterdir() if path.name != "__pycache__"] == [], "something was left behind"
 
 

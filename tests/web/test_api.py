@@ -78,12 +78,64 @@ def test_objects_are_those_that_detect_gives_above_the_score(
     [
         (b"no picture", DIGITS, "this picture cannot be used: no JPEG, PNG or WebP picture"),
         (DIGIT[:-60], DIGITS, "this picture cannot be used: damaged"),
-        (DIGIT, "another", "another is not in the list of choices"),
+        (DIGIT, "another", "'another' is none of epsanet14_tiny.digits, "),
     ],
 )
 def test_a_refusal_says_why(server: Server, content: bytes, model: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         server.visitor.use("predict", content, model, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({0: 3}, "3 is no file as an upload gives it"),
+        ({0: {"size": "x"}}, "is no file as an upload gives it"),
+        ({0: {"meta": 3}}, "is no file as an upload gives it"),
+        ({1: None}, "None is none of epsanet14_tiny.digits, "),
+        ({1: ["x" * 500]}, "xx... is none of epsanet14_tiny.digits, "),
+        ({2: "0.5"}, "'0.5' is no number from 0.05 to 1"),
+        ({2: None}, "None is no number from 0.05 to 1"),
+        ({2: True}, "True is no number from 0.05 to 1"),
+        ({2: 7}, "7 is no number from 0.05 to 1"),
+        ({3: 7}, "3 values are needed, in a list"),
+    ],
+)
+def test_a_value_that_a_function_cannot_take_is_named(server: Server, changed: dict[int, Any], message: str) -> None:
+    """Gradio answers most of them without a reason, and prints a traceback in the server's terminal."""
+    (place,) = server.visitor.upload(DIGIT).json()
+    values: dict[int, Any] = {0: load.file_data(place), 1: DIGITS, 2: 0.5}
+    for position, value in changed.items():
+        values[position] = {**values[0], **value} if isinstance(value, dict) else value
+    answer = server.visitor.call("predict", *values.values())
+    (detail,) = answer.json()["detail"]
+    assert answer.status == 422
+    assert message in detail["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("call/predict", b"[1]", 422, "no object with a list"),
+        ("call/nothing", b'{"data": []}', 422, "there is no function 'nothing'"),
+        ("queue/join", b'{"data": [], "fn_index": 999, "session_hash": "a"}', 422, "there is no function 999"),
+        ("run/predict", b'{"data": [1], "fn_index": 99}', 422, "there is no function 99"),
+        ("queue/join", b'{"data": [], "fn_index": [1], "session_hash": "a"}', 422, "there is no function [1]"),
+        ("call/predict", b'{"data": [null, null, NaN]}', 400, "this is no JSON"),
+        ("cancel", b'{"event_id": NaN}', 400, "this is no JSON"),
+    ],
+)
+def test_a_request_that_is_none_is_refused(server: Server, path: str, body: bytes, status: int, message: str) -> None:
+    answer = server.visitor.ask("POST", f"/gradio_api/{path}", body, {"content-type": "application/json"})
+    assert (answer.status, message in answer.body.decode()) == (status, True)
+
+
+def test_gradios_client_says_what_is_wrong(server: Server, digit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = pytest.importorskip("gradio_client")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    session = client.Client(server.url, verbose=False, download_files=False)
+    with pytest.raises(ValueError, match="model: 'another' is none of epsanet14_tiny"):
+        session.predict(client.handle_file(digit), "another", api_name="/predict")
 
 
 def test_the_documented_example_runs(server: Server, digit: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Mistake = Callable[[str | None, Any], tuple[str, str] | None]
 
 _API = "/gradio_api"
 _FILE = f"{_API}/file="
@@ -29,6 +30,8 @@ _GET = re.compile(
     r"|call/\w+/\w+|file=.+)"
 )
 _POST = re.compile(rf"{_API}/(upload|queue/join|cancel|reset|call/\w+|run/predict)/?")
+_CALL = re.compile(rf"{_API}/call/(\w+)/?")
+_BY_NUMBER = re.compile(rf"{_API}/(queue/join|run/predict)/?")
 _SERVED = (".png", ".jpg", ".jpeg", ".webp")
 _MAX_JSON = 64 * 2**10
 _MAX_FORM = MAX_BYTES + 64 * 2**10
@@ -43,9 +46,9 @@ _HEADERS = {
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+    def __init__(self, status: int, detail: Any) -> None:
+        super().__init__(detail)
+        self.status, self.detail = status, detail
 
 
 class Gate:
@@ -56,10 +59,12 @@ class Gate:
         room: where uploads and results are; no file outside is served or read.
         hosts: names under which the page may be asked for; any when empty. Another name means that a page from
             elsewhere was pointed at this machine (DNS rebinding).
+        mistake: told the function's name, none where the request has its number, and the request; says which parameter
+            is wrong and why.
     """
 
-    def __init__(self, app: App, room: Room, hosts: frozenset[str] = frozenset()) -> None:
-        self.app, self.room, self.hosts = app, room, hosts
+    def __init__(self, app: App, room: Room, hosts: frozenset[str], mistake: Mistake) -> None:
+        self.app, self.room, self.hosts, self.mistake = app, room, hosts, mistake
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -90,7 +95,7 @@ class Gate:
             if refused is None:
                 raise
         if refused is not None:
-            await _answer(send, refused.status, str(refused))
+            await _answer(send, refused.status, refused.detail)
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
         """What the application receives, or ``_RefusedError``."""
@@ -112,7 +117,7 @@ class Gate:
             if not self.room.admit(int(length) if length.isdigit() else limit):
                 raise _RefusedError(503, "there is no room for more pictures at the moment; try again in a minute")
             return _limited(receive, limit)
-        return await self._checked_json(_limited(receive, limit))
+        return await self._checked_json(path, _limited(receive, limit))
 
     def _check_names(self, headers: dict[str, str]) -> None:
         if not self.hosts:
@@ -130,8 +135,8 @@ class Gate:
         place = path.removeprefix(_FILE)
         return place.lower().endswith(_SERVED) and "%" not in place and place[:1] == "/" and self.room.holds(place)
 
-    async def _checked_json(self, receive: Receive) -> Receive:
-        """The whole body, once every file that it names is known to be one of ours."""
+    async def _checked_json(self, path: str, receive: Receive) -> Receive:
+        """The whole body, once every file that it names is known to be ours, and a function can take the rest."""
         body, more = b"", True
         while more:
             message = await receive()
@@ -139,12 +144,13 @@ class Gate:
                 raise _RefusedError(400, "the request ended early")
             body, more = body + message.get("body", b""), message.get("more_body", False)
         try:
-            content = json.loads(body) if body else None
+            content = json.loads(body, parse_constant=_no_number) if body else None
         except (ValueError, RecursionError) as error:
             raise _RefusedError(400, "this is no JSON") from error
         for place in _paths(content):
             if not isinstance(place, str) or not self.room.holds(place):
                 raise _RefusedError(400, "this file was not uploaded here, or has been deleted; upload it again")
+        self._check_call(path, content)
         replayed = False
 
         async def replay() -> MutableMapping[str, Any]:
@@ -155,6 +161,21 @@ class Gate:
             return {"type": "http.request", "body": body, "more_body": False}
 
         return replay
+
+    def _check_call(self, path: str, content: Any) -> None:
+        """In the form that Gradio's client for Python and the page take the reason from."""
+        called = _CALL.fullmatch(path)
+        if not called and not _BY_NUMBER.fullmatch(path):
+            return
+        mistake = self.mistake(called[1] if called else None, content)
+        if mistake is not None:
+            parameter, reason = mistake
+            detail = {"__type__": "validate", "is_valid": False, "parameter_name": parameter, "message": reason}
+            raise _RefusedError(422, [detail])
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _paths(content: Any) -> Iterator[Any]:
@@ -191,8 +212,8 @@ def _with_headers(message: MutableMapping[str, Any]) -> MutableMapping[str, Any]
     return {**message, "headers": [*message.get("headers", []), *extra]}
 
 
-async def _answer(send: Send, status: int, text: str) -> None:
-    body = json.dumps({"detail": text}, ensure_ascii=False).encode()
+async def _answer(send: Send, status: int, detail: Any) -> None:
+    body = json.dumps({"detail": detail}, ensure_ascii=False).encode("utf-8", "backslashreplace")
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send(_with_headers({"type": "http.response.start", "status": status, "headers": headers}))
     await send({"type": "http.response.body", "body": body})

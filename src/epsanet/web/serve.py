@@ -108,6 +108,7 @@ def _application(sources: list[str], folder: Path, host: str, examples: str | No
     import gradio as gr
     from fastapi import FastAPI
 
+    from epsanet.web.calls import Calls
     from epsanet.web.page import STYLE, THEME, build_page
 
     room = Room(folder / "files")
@@ -133,7 +134,7 @@ def _application(sources: list[str], folder: Path, host: str, examples: str | No
     room.permanent = frozenset(str(path) for path in room.folder.rglob("*"))
     threading.Thread(target=_sweep, args=(room,), daemon=True).start()
     hosts = frozenset({*_LOOPBACK, host}) if host in _LOOPBACK else frozenset[str]()
-    return Gate(app, room, hosts), list(models)
+    return Gate(app, room, hosts, Calls(page).mistake), list(models)
 
 
 def _sweep(room: Any) -> None:
