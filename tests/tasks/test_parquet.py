@@ -307,6 +307,25 @@ def test_a_folder_that_is_called_like_the_parts_is_left_alone(images: list[str],
     assert (tmp_path / "x.parquet.parts" / "thesis.txt").read_text() == "mine"
 
 
+def test_it_is_left_alone_beside_a_finished_file_too(images: list[str], whole: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(whole)
+    (tmp_path / "x.parquet.parts").mkdir()
+    (tmp_path / "x.parquet.parts" / "thesis.txt").write_text("mine")
+    assert predict_to_parquet(MODEL, images, tmp_path / "x.parquet", **OPTIONS) is not None
+    assert (tmp_path / "x.parquet.parts" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_output_that_is_a_folder_is_refused_before_the_work(
+    images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.parquet").mkdir()
+    with monkeypatch.context() as patch:
+        stop_after(0, patch)
+        with pytest.raises(ValueError, match=r"x\.parquet is a folder; choose another --output"):
+            predict_to_parquet(MODEL, images, tmp_path / "x.parquet", **OPTIONS)
+    assert not (tmp_path / "x.parquet.parts").exists()
+
+
 @pytest.mark.parametrize(("rank", "processes"), [("2", "2"), ("x", "2"), ("0", "")])
 def test_an_impossible_place_among_processes_is_refused(
     images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, processes: str

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from epsanet._files import atomic_file
-from epsanet.data.sources import require
 from epsanet.network.weights import LoadedModel, load_model
 from epsanet.tasks.console import messages, track
 from epsanet.tasks.devices import resolve_device
@@ -33,7 +32,7 @@ from epsanet.tasks.predict import (
     predict_batches,
     write_predictions,
 )
-from epsanet.tasks.tables import PARQUET_ROWS
+from epsanet.tasks.tables import PARQUET_ROWS, check_output
 
 __all__ = ["ParquetResult", "predict_to_parquet", "process_of_many"]
 
@@ -100,7 +99,7 @@ def predict_to_parquet(
         ValueError: for a model, device, folder or pattern that is not there, or when the parts that are there are those
             of another model, other images or other arguments.
     """
-    require("pyarrow", "data")
+    check_output(output)
     if Path(output).suffix != ".parquet":
         raise ValueError(f"{output} is no Parquet file; end it in .parquet")
     check_numbers(topk, batch_size, workers)
@@ -186,7 +185,8 @@ class _Job:
             ValueError: when the folder holds something else.
         """
         if self._is_finished():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if (self.folder / _DESCRIPTION).is_file():  # else it is not ours
+                shutil.rmtree(self.folder, ignore_errors=True)
             return False
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / _DESCRIPTION

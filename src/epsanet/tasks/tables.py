@@ -37,11 +37,14 @@ def check_output(path: str | Path) -> None:
     """Find out whether a file can be written, before the work that is to be written.
 
     Raises:
-        ValueError: for another suffix than .csv, .json and .parquet, or when the library for Parquet is missing.
+        ValueError: for another suffix than .csv, .json and .parquet, a folder of that name, or when the library for
+            Parquet is missing.
     """
     suffix = Path(path).suffix
     if suffix not in OUTPUT_SUFFIXES:
         raise ValueError(f"{path} is no format that can be written; end it in {', '.join(OUTPUT_SUFFIXES)}")
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; choose another --output")
     if suffix == ".parquet":
         require("pyarrow", "data")
 
@@ -55,7 +58,7 @@ def write_table(path: str | Path, results: Iterable[T], table: Table[T]) -> Iter
         table: how.
 
     Raises:
-        ValueError: for another suffix, or when the library for Parquet is missing.
+        ValueError: as ``check_output``.
     """
     check_output(path)
     path = Path(path)

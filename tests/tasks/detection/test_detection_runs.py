@@ -288,6 +288,8 @@ def test_images_of_any_kind_are_looked_at(
     [
         (["evaluate", "{model}", "--data", "{data}", "--split", "test"], "no COCO JSON for test"),
         (["evaluate", "{model}", "--data", "{data}", "--output", "x.csv"], "does not end in .json"),
+        (["evaluate", "{model}", "--data", "{data}", "--output", "{folder}.json"], "a.json is a folder"),
+        (["predict", "{model}", "{data}", "--output", "{folder}.csv"], "a.csv is a folder"),
         (["evaluate", "{model}", "--data", "digits-detection"], "not the classes of digits-detection"),
         (["predict", "{model}", "{data}/val", "--output", "x.txt"], "end it in .csv, .json, .parquet"),
         (["predict", "{model}", "{data}/val", "--score_thresh", "2"], "score_thresh=2.0"),
@@ -303,9 +305,11 @@ def test_images_of_any_kind_are_looked_at(
     ],
 )
 def test_mistakes_are_told_in_one_line(
-    words: list[str], message: str, trained: TrainResult, data: Path, said: Any
+    words: list[str], message: str, trained: TrainResult, data: Path, tmp_path: Path, said: Any
 ) -> None:
-    code, _, errors = said(*(word.format(model=trained.model, data=data) for word in words))
+    for suffix in ("json", "csv"):
+        (tmp_path / f"a.{suffix}").mkdir()
+    code, _, errors = said(*(word.format(model=trained.model, data=data, folder=tmp_path / "a") for word in words))
     assert code == 2
     (line,) = errors.strip().splitlines()
     assert message in line

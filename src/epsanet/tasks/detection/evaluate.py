@@ -21,6 +21,7 @@ from epsanet.tasks.detection.scores import DetectionEvaluation
 from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.evaluate import evaluate_module
 from epsanet.tasks.launch import launch
+from epsanet.tasks.tables import check_output
 
 __all__ = ["evaluate_detector"]
 
@@ -50,8 +51,10 @@ def evaluate_detector(
     Raises:
         ValueError: for a model, data set or device that is not there, or classes that do not fit.
     """
-    if output is not None and Path(output).suffix != ".json":
-        raise ValueError(f"COCO results are JSON; {output} does not end in .json")
+    if output is not None:
+        if Path(output).suffix != ".json":
+            raise ValueError(f"COCO results are JSON; {output} does not end in .json")
+        check_output(output)
     processes = launch(resolve_device(device))
     require("faster_coco_eval", "detection")
     loaded = agree(lambda: model if isinstance(model, LoadedDetector) else load_detector(model))
