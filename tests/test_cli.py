@@ -422,3 +422,13 @@ def test_a_key_of_a_recipe_without_a_value_is_named(text: str, said: str, run: R
     with pytest.raises(ValueError, match=re.escape(said)):
         load_recipe(str(tmp_path / "recipe.yaml"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_where_a_folder_is_needed_is_named(run: Run, pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    image = next(pictures.rglob("*.png"))
+    for words in (["predict", "--output", file / "x.csv"], ["explain", "--output", file]):
+        command, *flags = words
+        fails(run(command, "epsanet14_tiny.digits", image, *flags), str(file), "needs a folder where a file stands")
+    assert file.read_text() == "mine"

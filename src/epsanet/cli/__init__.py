@@ -59,7 +59,18 @@ def _print_error(error: Exception) -> None:
     if processes is not None and isinstance(error, processes.OtherProcessError):
         return
     place = processes.rank() if processes is not None else 0
-    print(f"epsanet: {f'process {place}: ' * (place > 0)}{' '.join(str(error).split())}", file=sys.stderr)
+    print(f"epsanet: {f'process {place}: ' * (place > 0)}{' '.join(_said(error).split())}", file=sys.stderr)
+
+
+def _said(error: Exception) -> str:
+    """What the system says about a path, with what to do."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{error.filename} needs a folder where a file stands; choose another place"
+    if isinstance(error, PermissionError):
+        return f"{error.filename} may not be read or written by this user; change its rights or choose another place"
+    return str(error)
 
 
 def _normalised(words: list[str]) -> list[str]:
