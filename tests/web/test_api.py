@@ -97,6 +97,7 @@ def test_a_refusal_says_why(server: Server, content: bytes, model: str, message:
         ({2: "0.5"}, "'0.5' is no number from 0.05 to 1"),
         ({2: None}, "None is no number from 0.05 to 1"),
         ({2: True}, "True is no number from 0.05 to 1"),
+        ({2: 10**400}, "... is no number from 0.05 to 1"),
         ({2: 7}, "7 is no number from 0.05 to 1"),
         ({3: 7}, "3 values are needed, in a list"),
     ],

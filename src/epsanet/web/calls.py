@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import gradio as gr
@@ -62,7 +61,7 @@ def _reason(component: Any, value: Any) -> str | None:
         if value not in names:
             return f"{_short(value)} is none of {', '.join(map(str, names))}"
     elif isinstance(component, gr.Slider):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not component.minimum <= value <= component.maximum:
             return f"{_short(value)} is no number from {component.minimum} to {component.maximum}"
     return None
