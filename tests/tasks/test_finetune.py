@@ -8,15 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tasks_reading import CLASSES, same_state
 from test_resume import same_run, stop_after
 from test_train import metrics
 from timm.models.resnet import Bottleneck
 
+from epsanet.data.loaders import evaluation_transform
 from epsanet.network.epsanet import EPSANet
 from epsanet.network.weights import LoadedModel, load_model, save_model
 from epsanet.tasks import run as run_module
@@ -61,6 +64,21 @@ def test_network_and_preprocessing_are_those_it_starts_from(folder: Path, small:
         resumed=False,
     )
     assert asked.data_config["crop_pct"] == 1.0, "what was asked for goes before"
+
+
+def test_evaluation_sees_the_whole_image_where_training_only_pads(folder: Path, small: Small, tmp_path: Path) -> None:
+    """With ``crop_padding`` images are resized to the input size, so a centre crop would look at larger ones."""
+    framed = np.zeros((12, 12, 3), np.uint8)
+    framed[[0, -1]] = framed[:, [0, -1]] = 255
+    for source in ({"init_from": str(folder), "model": "auto"}, {"model": "epsanet18"}):
+        config = small(tmp_path / "run", **source, data__input_size=12, data__crop_padding=1)
+        run = prepare(config, Processes(device=torch.device("cpu")), None, resumed=False)
+        mean, std = (torch.tensor(run.data_config[key])[:, None, None] for key in ("mean", "std"))
+        seen = evaluation_transform(run.data_config)(Image.fromarray(framed)) * std + mean
+        torch.testing.assert_close(seen, torch.from_numpy(framed).permute(2, 0, 1) / 255, atol=1e-6, rtol=0)
+        asked = dataclasses.replace(config, data=dataclasses.replace(config.data, crop_pct=0.5))
+        run = prepare(asked, Processes(device=torch.device("cpu")), None, resumed=False)
+        assert run.data_config["crop_pct"] == 0.5, "what was asked for goes before"
 
 
 def test_a_finetuned_run_freezes_unfreezes_and_resumes_without_its_source(

@@ -47,7 +47,8 @@ class DataConfig:
     input_size: int | None = None
     """Height and width in pixels; the network's own when left out."""
     crop_pct: float | None = None
-    """Evaluation resizes to input_size / crop_pct and crops the centre; the network's own when left out."""
+    """Evaluation resizes to input_size / crop_pct and crops the centre; when left out, 1 with ``crop_padding``, else
+    the network's own."""
     interpolation: str | None = None
     """bilinear or bicubic; the network's own when left out."""
     mean: tuple[float, float, float] | None = None

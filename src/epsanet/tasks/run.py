@@ -231,7 +231,8 @@ def _filled_in(config: TrainConfig, source: LoadedModel | None) -> TrainConfig:
     height, width = source.data_config["input_size"][1:]
     found = {
         "input_size": height if height == width else None,
-        **{key: source.data_config[key] for key in ("crop_pct", "interpolation", "mean", "std")},
+        "crop_pct": source.data_config["crop_pct"] if config.data.crop_padding is None else None,
+        **{key: source.data_config[key] for key in ("interpolation", "mean", "std")},
     }
     data = config.data
     return replace(
@@ -259,6 +260,8 @@ def run_folder(config: TrainConfig) -> Path:
 def _resolve_data_config(config: TrainConfig, model: Any) -> dict[str, Any]:
     data = config.data
     wanted: dict[str, Any] = {key: getattr(data, key) for key in ("crop_pct", "interpolation", "mean", "std")}
+    if data.crop_padding is not None and data.crop_pct is None:
+        wanted["crop_pct"] = 1.0  # training resizes to the input size, and so must evaluation
     if data.input_size is not None:
         wanted["input_size"] = (3, data.input_size, data.input_size)
     return resolve_data_config({key: value for key, value in wanted.items() if value is not None}, model=model)
