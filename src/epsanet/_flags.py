@@ -11,7 +11,8 @@ __all__ = ["refuse_empty"]
 
 
 def refuse_empty(parser: ArgumentParser, namespace: Namespace) -> None:
-    """Make sure that what has a default has a value: ``epochs:`` in a YAML file, with nothing behind it, has none.
+    """Make sure that what has a default has a value: ``epochs:`` in a YAML file, with nothing behind it, has none. An
+    empty string, such as that of a shell variable that is not set, is no value either.
 
     Args:
         parser: with the defaults.
@@ -22,6 +23,8 @@ def refuse_empty(parser: ArgumentParser, namespace: Namespace) -> None:
     """
     found = vars(namespace.as_flat())
     for name, default in vars(parser.get_defaults().as_flat()).items():
+        if found.get(name) == "":
+            raise ValueError(f"{name} is empty; give it a value, or leave it out")
         if default is None or found.get(name) is not None:
             continue
         group = name.rpartition(".")[0]

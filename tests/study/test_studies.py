@@ -117,6 +117,7 @@ def test_every_setting_of_the_ablation_changes_the_modules_as_it_says() -> None:
         (["compare", "--output", "x", "--seeds", "0"], "seeds=0 is impossible; use 1 or more"),
         (["compare", "--match", "none", "--networks", "[resnet]"], "a study needs --output"),
         (["compare", "nothing-like-it"], "there is no study 'nothing-like-it': shipped are"),
+        (["compare", "circle.yaml", "--output", "x"], "circle.yaml unfolds to more than 10,000 values"),
         (["report", "nowhere"], "nowhere has no finished run of a study"),
         (["compare", "--output", "x", "--init_from", "y"], "leave --init_from out"),
     ],
@@ -129,11 +130,12 @@ def test_what_cannot_be_studied_is_one_line_with_the_remedy(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("circle.yaml").write_text("networks: &all [*all]\n")
     assert main(["study", *words]) == 2
     error = capfd.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["circle.yaml"], "nothing was written"
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

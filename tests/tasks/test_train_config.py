@@ -89,6 +89,14 @@ def test_a_flag_goes_before_the_recipe_and_the_recipe_before_the_default(tmp_pat
         ("data: {hflip: 2}", r"data\.hflip=2(\.0)? is no probability"),
         ("model: [", "parsing config.*line 2"),
         ("just words", "just words|dict|config"),
+        ("output: ''", "output is empty; give it a value, or leave it out"),
+        ("model: &network\n  name: *network", r"mine\.yaml unfolds to more than 10,000 values, or one of its aliases"),
+        ("model_args: {layers: &few [1, *few]}", "write the values out"),
+        # ten times ten times … values of one line each
+        (
+            "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)),
+            "more than 10,000 values",
+        ),
     ],
 )
 def test_a_wrong_recipe_names_the_key_in_one_line(text: str, message: str, tmp_path: Path) -> None:

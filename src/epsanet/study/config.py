@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from epsanet.tasks.config import TrainConfig, train_parser
+from epsanet.tasks.config import TrainConfig, refuse_endless, train_parser
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -57,11 +57,12 @@ def study_recipe_path(name: str) -> Path:
     """Path of a shipped study recipe, or of the user's own file.
 
     Raises:
-        ValueError: when there is neither.
+        ValueError: when there is neither, or its values have no end.
     """
     if name in study_recipe_names():
         return Path(str(files("epsanet") / "study" / "recipes" / f"{name}.yaml"))
     if Path(name).is_file():
+        refuse_endless(Path(name))
         return Path(name)
     raise ValueError(f"there is no study {name!r}: shipped are {', '.join(study_recipe_names())}, or name a YAML file")
 

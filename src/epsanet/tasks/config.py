@@ -7,6 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
+
 from epsanet._flags import refuse_empty
 from epsanet.data.config import DataConfig
 from epsanet.network.detector_config import DetectorConfig
@@ -14,7 +16,17 @@ from epsanet.network.detector_config import DetectorConfig
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["OptimizerConfig", "ScheduleConfig", "TrainConfig", "load_recipe", "recipe_names", "train_parser"]
+__all__ = [
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "load_recipe",
+    "recipe_names",
+    "refuse_endless",
+    "train_parser",
+]
+
+_MAX_RECIPE_VALUES = 10_000
 
 
 @dataclass(kw_only=True)
@@ -168,13 +180,39 @@ def recipe_path(name: str) -> Path:
     """Path of a shipped recipe, or of the user's own file.
 
     Raises:
-        ValueError: when there is neither.
+        ValueError: when there is neither, or its values have no end.
     """
     if name in recipe_names():
         return Path(str(files("epsanet") / "recipes" / f"{name}.yaml"))
     if Path(name).is_file():
+        refuse_endless(Path(name))
         return Path(name)
     raise ValueError(f"there is no recipe {name!r}: shipped are {', '.join(recipe_names())}, or name a YAML file")
+
+
+def refuse_endless(path: Path) -> None:
+    """A YAML file may name a value and put it into itself; a parser follows that without end.
+
+    Raises:
+        ValueError: when aliases unfold to more values than any recipe has.
+    """
+    try:
+        waiting = [yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return  # the parser says what is wrong
+    seen = 0
+    while waiting:
+        node = waiting.pop()
+        seen += 1
+        if seen > _MAX_RECIPE_VALUES:
+            raise ValueError(
+                f"{path} unfolds to more than {_MAX_RECIPE_VALUES:,} values, or one of its aliases (*NAME) is part of "
+                "what it stands for; write the values out"
+            )
+        if isinstance(node, yaml.MappingNode):
+            waiting.extend(part for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting.extend(node.value)
 
 
 def train_parser(*, skip: set[str] | None = None, resume: bool = True) -> ArgumentParser:
