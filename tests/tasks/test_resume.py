@@ -125,6 +125,7 @@ def test_a_run_that_goes_on_with_fewer_or_more_epochs_has_their_schedule(
         ({"model_args": {"block_args": {"se": "none"}}}, r"first model\.layer1\.0\.conv2\.se\."),
         ({"optimizer__opt": "adamw"}, r"was trained with optimizer\.opt=sgd, not adamw; .*another --output"),
         ({"optimizer__weight_decay": 0.5}, r"was trained with optimizer\.weight_decay=0\.0001, not 0\.5"),
+        ({"optimizer__opt_args": {"foreach": True}}, r"with optimizer\.opt_args=None, not \{'foreach': True\}"),
     ],
 )
 def test_another_network_or_optimiser_cannot_go_on_and_leaves_the_run_as_it_is(

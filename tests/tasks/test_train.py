@@ -35,9 +35,9 @@ from epsanet.data.samples import FolderSamples
 from epsanet.data.sources import open_data
 from epsanet.network.weights import create_model, load_model
 from epsanet.tasks import callbacks
-from epsanet.tasks.card import data_name
+from epsanet.tasks.card import data_name, optimisation
 from epsanet.tasks.classification import Classifier
-from epsanet.tasks.config import TrainConfig, load_recipe
+from epsanet.tasks.config import OptimizerConfig, TrainConfig, load_recipe
 from epsanet.tasks.report import data_advice
 from epsanet.tasks.scores import Score
 from epsanet.tasks.train import train
@@ -204,6 +204,12 @@ def test_the_model_card_has_the_result_and_what_made_it(trained: Any) -> None:
     assert "it had no part in training" in card
 
 
+def test_the_card_names_every_argument_of_the_optimiser() -> None:
+    optimizer = OptimizerConfig(opt="adamw", lr=1e-3, weight_decay=0.05, opt_args={"betas": [0.9, 0.95], "eps": 1e-6})
+    said = optimisation(TrainConfig(optimizer=optimizer))
+    assert said == "adamw, learning rate 0.001 (cosine), weight decay 0.05, betas [0.9, 0.95], eps 1e-06"
+
+
 # Which weights, and that they are the same every time
 
 
@@ -277,10 +283,12 @@ def test_the_digits_recipe_loses_the_same_with_native_and_with_reference_kernels
 
 
 @pytest.mark.parametrize(
-    ("opt", "filtered"), [("sgd", False), ("momentum", False), ("sgd", True)], ids=["nesterov", "plain", "filtered"]
+    ("opt", "filtered", "opt_args"),
+    [("sgd", False, None), ("momentum", False, None), ("sgd", True, None), ("momentum", True, {"maximize": True})],
+    ids=["nesterov", "plain", "filtered", "ascent"],
 )
 def test_one_step_is_stochastic_gradient_descent_written_out(
-    opt: str, filtered: bool, small: Small, tmp_path: Path
+    opt: str, filtered: bool, opt_args: dict[str, Any] | None, small: Small, tmp_path: Path
 ) -> None:
     config = small(
         tmp_path / "run",
@@ -292,6 +300,7 @@ def test_one_step_is_stochastic_gradient_descent_written_out(
         optimizer__momentum=0.8,
         optimizer__weight_decay=0.01,
         optimizer__filter_bias_and_bn=filtered,
+        optimizer__opt_args=opt_args,
     )
     found = network(checkpoint(train(config).run)["state_dict"])
 
@@ -305,7 +314,7 @@ def test_one_step_is_stochastic_gradient_descent_written_out(
     assert metrics(tmp_path / "run")[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         decay = 0.0 if filtered and parameter.ndim < 2 else 0.01
-        gradient = parameter.grad + decay * parameter.detach()
+        gradient = (-parameter.grad if opt_args else parameter.grad) + decay * parameter.detach()
         push = gradient + 0.8 * gradient if opt == "sgd" else gradient
         change = found[name] - parameter.detach()
         assert (change + 0.3 * push).norm() <= 1e-3 * (0.3 * push).norm() + 1e-6, name
@@ -450,6 +459,7 @@ def test_raise_stops_at_a_damaged_image_before_anything_is_written(small: Small,
         ({"device": "gpu"}, "device 'gpu' is unknown; use auto, cpu, cuda"),
         ({"sync_batchnorm": True}, "sync_batchnorm=true is for GPUs; torch has none on cpu"),
         ({"optimizer__opt": "sdg"}, r"optimizer\.opt='sdg'"),
+        ({"optimizer__opt_args": {"beta": 1}}, r"opt='sgd' with opt_args=\{'beta': 1\} cannot .* unexpected .* 'beta'"),
         ({"data__auto_augment": "rnd-m9"}, "auto_augment|rnd"),
     ],
 )

@@ -89,6 +89,7 @@ def test_a_flag_goes_before_the_recipe_and_the_recipe_before_the_default(tmp_pat
         ("data: {hflip: 2}", r"data\.hflip=2(\.0)? is no probability"),
         ("model: [", "parsing config.*line 2"),
         ("just words", "just words|dict|config"),
+        ("optimizer: {opt_args: {lr: 1}}", r"opt_args has lr, which has a flag of its own; use --optimizer\.lr"),
         ("output: ''", "output is empty; give it a value, or leave it out"),
         ("model: &network\n  name: *network", r"mine\.yaml unfolds to more than 10,000 values, or one of its aliases"),
         ("model_args: {layers: &few [1, *few]}", "write the values out"),

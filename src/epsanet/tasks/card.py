@@ -14,7 +14,7 @@ from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import counted, duration
 from epsanet.tasks.scores import Evaluation
 
-__all__ = ["data_name", "model_card"]
+__all__ = ["data_name", "model_card", "optimisation"]
 
 _USE = """## Use
 
@@ -36,6 +36,16 @@ def data_name(source: str) -> str:
         folder = path.resolve().parent
         return (folder.parent if folder.name == "data" else folder).name
     return path.stem if path.is_file() else path.name
+
+
+def optimisation(config: TrainConfig) -> str:
+    """Optimiser, rate and schedule in one line."""
+    optimizer = config.optimizer
+    more = "".join(f", {name} {value}" for name, value in (optimizer.opt_args or {}).items())
+    return (
+        f"{optimizer.opt}, learning rate {optimizer.lr:g} ({config.schedule.sched}), "
+        f"weight decay {optimizer.weight_decay:g}{more}"
+    )
 
 
 def model_card(
@@ -67,7 +77,7 @@ def model_card(
         processes: that trained together.
         hardware: name of the processor or GPU.
     """
-    data, optimizer, schedule = data_name(config.data.source), config.optimizer, config.schedule
+    data, epochs = data_name(config.data.source), config.schedule.epochs
     names = ", ".join(class_names[:20]) + (", …" if len(class_names) > 20 else "")
     role = "it had no part in training" if split == "test" else "it also chose the epoch"
     low, high = evaluation.interval
@@ -90,13 +100,13 @@ classes: {names}.
 |---|---|---|---|---|---|
 {result}
 
-The weights are those of epoch {epoch} of {schedule.epochs}, the best on the validation split. The result is on the
+The weights are those of epoch {epoch} of {epochs}, the best on the validation split. The result is on the
 {split} split; {role}.
 
 {_USE}
 ## Training
 
-{optimizer.opt}, learning rate {optimizer.lr:g} ({schedule.sched}), weight decay {optimizer.weight_decay:g},
+{optimisation(config)},
 {batch}, label smoothing {config.label_smoothing:g}, seed {config.seed}, {config.precision};
 {duration(seconds)} on {hardware} ({counted(torch.get_num_threads(), "thread")}), torch {torch.__version__},
 {time.strftime("%Y-%m-%d")}.

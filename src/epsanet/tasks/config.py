@@ -48,8 +48,13 @@ class OptimizerConfig:
     network is trained further. None: the same rate everywhere."""
     clip_grad: float | None = None
     """Largest norm of the gradient; longer ones are scaled down to it. None: as long as they are."""
+    opt_args: dict[str, Any] | None = None
+    """More of the optimiser's arguments, for example {betas: [0.9, 0.95]} of adamw or {ns_steps: 4} of muon."""
 
     def __post_init__(self) -> None:
+        twice = next((name for name in self.opt_args or () if name in self.__dataclass_fields__), None)
+        if twice is not None:
+            raise ValueError(f"optimizer.opt_args has {twice}, which has a flag of its own; use --optimizer.{twice}")
         if self.lr <= 0:
             raise ValueError(f"optimizer.lr={self.lr} is impossible; use a rate above 0, for example 0.1")
         if self.weight_decay < 0:

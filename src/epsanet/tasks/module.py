@@ -43,7 +43,7 @@ def mean_of_an_epoch() -> MeanMetric:
 
 def fixed_settings(config: TrainConfig) -> dict[str, Any]:
     """Settings that the optimiser's state holds; those of a run that goes on must be the same."""
-    names = ("opt", "momentum", "weight_decay", "filter_bias_and_bn", "layer_decay")
+    names = ("opt", "momentum", "weight_decay", "filter_bias_and_bn", "layer_decay", "opt_args")
     return {f"optimizer.{name}": getattr(config.optimizer, name) for name in names}
 
 
@@ -158,9 +158,11 @@ class TaskModule(lightning.LightningModule):
                 weight_decay=wanted.weight_decay,
                 filter_bias_and_bn=wanted.filter_bias_and_bn,
                 layer_decay=wanted.layer_decay,
+                **(wanted.opt_args or {}),
             )
-        except (ValueError, AssertionError) as error:
-            raise ValueError(f"optimizer.opt={wanted.opt!r} cannot be had from timm: {error}") from error
+        except (ValueError, AssertionError, TypeError) as error:
+            given = f" with opt_args={wanted.opt_args}" if wanted.opt_args else ""
+            raise ValueError(f"optimizer.opt={wanted.opt!r}{given} cannot be had from timm: {error}") from error
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=schedule.sched,

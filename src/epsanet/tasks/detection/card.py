@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from epsanet.tasks.card import data_name
+from epsanet.tasks.card import data_name, optimisation
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import counted, duration
 from epsanet.tasks.detection.scores import DetectionEvaluation
@@ -58,7 +58,7 @@ def detector_card(
     """
     detector = config.detector
     assert detector is not None
-    data, optimizer, schedule = data_name(config.data.source), config.optimizer, config.schedule
+    data, epochs = data_name(config.data.source), config.schedule.epochs
     names = evaluation.class_names
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     role = "it had no part in training" if split == "test" else "it also chose the epoch"
@@ -86,13 +86,13 @@ tags:
 {rows}
 
 COCO's averages over {evaluation.objects:,} objects in {evaluation.images:,} images; -1 where there is nothing to find.
-The weights are those of epoch {epoch} of {schedule.epochs}, the best on the validation split. The result is on the
+The weights are those of epoch {epoch} of {epochs}, the best on the validation split. The result is on the
 {split} split; {role}.
 
 {_USE}
 ## Training
 
-{optimizer.opt}, learning rate {optimizer.lr:g} ({schedule.sched}), weight decay {optimizer.weight_decay:g},
+{optimisation(config)},
 batch {config.data.batch_size}, seed {config.seed}, {config.precision};
 {duration(seconds)} on {hardware} ({counted(torch.get_num_threads(), "thread")}), torch {torch.__version__},
 {time.strftime("%Y-%m-%d")}.
