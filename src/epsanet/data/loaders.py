@@ -89,18 +89,25 @@ def evaluation_transform(data_config: dict[str, Any]) -> Any:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """All random generators that augmentations draw from, started from a key; put back afterwards."""
+    """All random generators that augmentations draw from, started from a key; put back afterwards.
+
+    A loader process draws from them for nothing else, so that they stay as they are there: NumPy's state takes as long
+    to read and write as a small image to decode.
+    """
     number = zlib.crc32(np.array(key, dtype=np.int64).tobytes())
-    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before = None
+    if get_worker_info() is None:
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(number)
     np.random.seed(number)
     torch.default_generator.manual_seed(number)
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(pytorch)
+        if before is not None:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
