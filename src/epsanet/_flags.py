@@ -23,7 +23,7 @@ def refuse_empty(parser: ArgumentParser, namespace: Namespace) -> None:
     """
     found = vars(namespace.as_flat())
     for name, default in vars(parser.get_defaults().as_flat()).items():
-        if found.get(name) == "":
+        if found.get(name) == "" and default != "":
             raise ValueError(f"{name} is empty; give it a value, or leave it out")
         if default is None or found.get(name) is not None:
             continue
