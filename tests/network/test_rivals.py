@@ -15,7 +15,7 @@ from longhand import convolution, se_weight
 from torch import Tensor, nn
 
 import epsanet
-from epsanet.network.rivals import RIVALS, TOP_FREQUENCIES, FrequencyAttention, dct_filter
+from epsanet.network.rivals import RIVALS, TOP_FREQUENCIES, FrequencyAttention, dct_filter, frequencies
 from epsanet.network.weights import load_model, save_model
 
 SMALL = {name: rival for name, rival in RIVALS.items() if name != "epsanet"}
@@ -175,6 +175,31 @@ def test_frequency_attention_is_its_formula_written_out() -> None:
             squeezed.append(total * scale)
         weights = torch.sigmoid(w2 @ torch.relu(w1 @ torch.tensor(squeezed)))
         torch.testing.assert_close(layer(x)[n], x[n] * weights[:, None, None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [4, 8, 14, 16, 32, 56])
+def test_each_sixteenth_of_the_channels_has_a_frequency_of_its_own(size: int) -> None:
+    filters = FrequencyAttention(32, size).filters
+    gram = torch.einsum("ahw,bhw->ab", filters, filters)  # the basis is orthonormal
+    pairs = torch.eye(16).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    torch.testing.assert_close(gram, pairs, rtol=0, atol=1e-5)
+
+
+def test_the_release_multiplies_the_frequencies_by_how_often_the_grid_fits() -> None:
+    assert frequencies(32) == [(4 * v, 4 * u) for v, u in TOP_FREQUENCIES]
+    assert frequencies(4)[0] == (0, 0)
+
+
+@pytest.mark.parametrize("key", ["se", "cbam", "gc", "fca"])
+def test_no_rival_has_a_narrower_attention_than_another(key: str) -> None:
+    """A sixteenth of the channels, at least 8."""
+    model = create(key, "tiny")
+    hidden = {
+        (max(layer.weight.shape[:2]), min(layer.weight.shape[:2]))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d) and ".se." in name and layer.kernel_size == (1, 1) and layer.weight.shape[0] > 1
+    }
+    assert hidden == {(64, 8), (128, 8), (256, 16)}
 
 
 def test_frequency_attention_averages_a_map_of_another_size_first() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -20,17 +21,19 @@ import timm
 import torch
 import yaml
 from making import class_folders
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from epsanet.cli import main
+from epsanet.insight.scales import record_scales
 from epsanet.network.psa import PSA
 from epsanet.study.config import CompareConfig, StudyConfig
 from epsanet.study.cost import count
 from epsanet.study.report import write_report
-from epsanet.study.rows import ABLATION, Row, ablation_rows, compare_rows
+from epsanet.study.rows import ABLATION, Row, ablation_rows, compare_rows, match_widths
 from epsanet.study.running import StudyRun, _Crew
 from epsanet.study.tables import Table, printed
-from epsanet.study.worker import rescaled
+from epsanet.study.worker import _listening, rescaled
 
 SMALL = {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 16]}
 
@@ -51,6 +54,23 @@ def test_networks_are_matched_to_the_reference_within_a_few_percent() -> None:
     for row in rows[1:]:
         assert parameters(row) == pytest.approx(target, rel=0.03), row.name
         assert all(width % 8 == 0 for width in row.model_args["channels"])
+
+
+def test_of_the_widths_that_cost_the_same_those_in_proportion_are_taken() -> None:
+    """Stages of 8 and of 24 channels would come nearer to the target."""
+    row = compare_rows(CompareConfig(networks=["se"]), {"layers": [1, 2, 2, 2], "stem_width": 16}, 10, 32)[1]
+    assert row.model_args["channels"] == [16, 24, 24, 64], "of 16, 32, 32 and 64"
+
+
+def test_networks_of_basic_blocks_and_of_timm_are_matched_too() -> None:
+    small = {"layers": [1, 1, 1, 1], "channels": [32, 32, 64, 64]}
+    paper, split = ablation_rows(StudyConfig(networks=["split"]), "epsanet18", small, 10, 64)
+    assert parameters(split) == pytest.approx(parameters(paper), rel=0.05), "its widths are multiples of 16"
+    row = Row(name="resnet", title="ResNet", model="resnet50", model_args={"layers": [1, 1, 1, 1]})
+    wider = match_widths(row, 2 * parameters(row), "parameters", 10, 64)
+    assert parameters(wider) == pytest.approx(2 * parameters(row), rel=0.03)
+    with pytest.raises(ValueError, match="widths of vgg11 cannot be changed for equal cost; use --match none"):
+        match_widths(Row(name="vgg", title="VGG", model="vgg11"), 10**6, "parameters", 10, 64)
 
 
 def test_multiply_accumulates_are_matched_where_they_are_asked_for() -> None:
@@ -115,6 +135,15 @@ def test_every_setting_of_the_ablation_changes_the_modules_as_it_says() -> None:
         (["ablation", "--output", "x", "--model", "resnet18"], "--model resnet18 has no PSA modules"),
         (["compare", "--output", "x", "--model", "resnet18"], "takes its networks from --networks"),
         (["compare", "--output", "x", "--seeds", "0"], "seeds=0 is impossible; use 1 or more"),
+        (
+            ["compare", "--match", "none", "--networks", "[resnet]", "--output", "x", "--threads", "999"],
+            "at_once=1 with threads=999 is more than the",
+        ),
+        (["compare", "--output", "x", "--device", "cuda:99"], "cuda:99"),
+        (["compare", "coco-compare", "--output", "x", "--device", "cpu"], "there is no folder coco"),
+        (["compare", "typing.yaml", "--output", "x"], "typing.yaml: Option 'netwroks' is not accepted"),
+        (["ablation", "cifar10-compare", "--output", "x"], "it is a study for epsanet study compare"),
+        (["compare", "cifar10-ablation", "--output", "x"], "it is a study for epsanet study ablation"),
         (["compare", "--match", "none", "--networks", "[resnet]"], "a study needs --output"),
         (["compare", "nothing-like-it"], "there is no study 'nothing-like-it': shipped are"),
         (["compare", "circle.yaml", "--output", "x"], "circle.yaml unfolds to more than 10,000 values"),
@@ -131,11 +160,12 @@ def test_what_cannot_be_studied_is_one_line_with_the_remedy(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("circle.yaml").write_text("networks: &all [*all]\n")
+    Path("typing.yaml").write_text("netwroks: [se]\n")
     assert main(["study", *words]) == 2
     error = capfd.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["circle.yaml"], "nothing was written"
+    assert {path.name for path in tmp_path.iterdir()} == {"circle.yaml", "typing.yaml"}, "nothing was written"
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -175,11 +205,58 @@ def test_a_run_that_is_still_being_measured_is_time_that_remains(
     metrics = tmp_path / "runs" / measured.name / "metrics.csv"
     metrics.parent.mkdir(parents=True)
     metrics.write_text("epoch\n0\n1\n")
-    crew = _Crew([done, measured], epochs=2, at_once=1, numbers=[0])
+    crew = _Crew([done, measured], epochs=2, study=StudyConfig(), numbers=[0])
     crew.start, crew.epochs_before = 0.0, 0
     monkeypatch.setattr("epsanet.study.running.time", SimpleNamespace(monotonic=lambda: 50.0))
     crew._say_finished(done)  # five of six parts took 50 seconds
     assert "1 of 2  epsanet-seed0  50.00 %  remaining 10 s" in capsys.readouterr().out
+
+
+WORKER = """#!{python} -S
+import json, os, sys, time
+from pathlib import Path
+result = Path(sys.argv[-1])
+if result.stem == "c-seed0":
+    sys.exit("no such luck")
+start = time.monotonic()
+time.sleep(0.3)
+place = {{"threads": os.environ["OMP_NUM_THREADS"], "cores": sorted(os.sched_getaffinity(0))}}
+found = json.loads(Path(sys.argv[-2]).with_suffix(".made").read_text())
+result.write_text(json.dumps({{**found, "place": place, "time": [start, time.monotonic()]}}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be kept to cores here")
+def test_runs_at_a_time_have_their_own_cores_and_a_failed_one_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Processes that take a third of a second stand in for the training."""
+    for folder in ("results", "configs"):
+        (tmp_path / folder).mkdir()
+    runs = [
+        StudyRun(folder=tmp_path, row=Row(name=name, title=name, model="epsanet14_tiny"), seed=0) for name in "abcdef"
+    ]
+    for run in runs:
+        (tmp_path / "configs" / f"{run.name}.made").write_text(made_up(run.row.name, 0, 50.0))
+    worker = tmp_path / "worker"
+    worker.write_text(WORKER.format(python=sys.executable))
+    worker.chmod(0o755)
+    monkeypatch.setattr("epsanet.study.running.sys", SimpleNamespace(executable=str(worker)))
+    monkeypatch.setattr("epsanet.study.running._POLL_SECONDS", 0.05)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    numbers = sorted(os.sched_getaffinity(0))[:2]
+    crew = _Crew(runs, epochs=1, study=StudyConfig(at_once=len(numbers)), numbers=numbers)
+    assert crew.work() == ["c-seed0"]
+    said = capsys.readouterr()
+    assert "c-seed0 failed: no such luck" in said.err.replace("\n", " ")
+    found = [json.loads(run.result.read_text()) for run in runs if run.row.name != "c"]
+    assert [one["network"] for one in found] == list("abdef")
+    assert all(one["place"]["threads"] == "1" for one in found), "the run's own number goes before the environment's"
+    assert {tuple(one["place"]["cores"]) for one in found} == {(number,) for number in numbers}
+    for one in found:
+        for other in found:
+            at_once = one["time"][0] < other["time"][1] and other["time"][0] < one["time"][1]
+            assert one is other or not at_once or one["place"]["cores"] != other["place"]["cores"]
 
 
 @pytest.mark.timeout(900)  # three processes start from nothing, on whatever the machine leaves them
@@ -246,6 +323,21 @@ def test_objects_at_one_and_a_half_size_are_the_middle_enlarged() -> None:
     assert rescaled(ramp, 1.0) is ramp
 
 
+def test_what_the_modules_listen_to_is_the_deviation_of_the_shares_over_images() -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("epsanet14_tiny", num_classes=3, **SMALL).eval()
+    batches = [(torch.randn(5, 3, 16, 16), torch.zeros(5), torch.zeros(5)) for _ in range(2)]
+    found = _listening(network, batches)
+    modules = record_scales(network, torch.cat([images for images, _, _ in batches]))
+    for name in ("attention", "contribution"):
+        shares = [getattr(module, f"{name}_NS").tolist() for module in modules]  # images by scales
+        variances = [[stats.moment(scale, 2) for scale in zip(*share, strict=True)] for share in shares]
+        expected = 100 * np.sqrt(variances).mean()
+        assert found[f"{name}_spread"] == pytest.approx(expected, rel=1e-5)
+        assert expected > 0
+    assert _listening(timm.create_model("resnet26_tiny", num_classes=3), batches) == {}
+
+
 # -------------------------------------------------------------------------------------------------------------- report
 
 SCORES = {"paper": [70.0, 71.0, 70.5], "split": [68.0, 69.5, 68.7], "split+se_none": [67.5, 69.6, 68.2]}
@@ -305,6 +397,33 @@ def test_a_study_that_is_not_finished_is_reported_with_what_is_lacking(finished:
     report = write_report(finished)
     assert "fewer than 3 runs: split (2)" in report.notes
     assert report.tables[1].rows[0][2] == "2", "pairs of the seeds that both have"
+
+
+@pytest.mark.parametrize("reference", ["split", "split+se_none"])
+def test_a_difference_that_is_both_to_the_reference_and_to_a_part_is_tested_once(
+    finished: Path, reference: str
+) -> None:
+    pairs = [row[:2] for row in write_report(finished, reference).tables[1].rows]
+    assert sorted(pairs) == sorted((name, reference) for name in SCORES if name != reference)
+
+
+def test_rows_without_a_common_seed_are_named_and_keep_their_own_figures(finished: Path) -> None:
+    for seed in (0, 1):
+        (finished / "results" / f"paper-seed{seed}.json").unlink()
+    (finished / "results" / "split-seed2.json").unlink()
+    report = write_report(finished)
+    assert "not tested against paper, with which they share no seed: split" in report.notes
+    assert ("split", "38.75", "68.75", "58.75", "30.00", "10.00") in report.tables[2].rows
+
+
+def test_the_report_has_how_far_the_shares_of_the_scales_vary(finished: Path) -> None:
+    for seed, (attention, contribution) in enumerate([(1.0, 4.0), (2.0, 6.0), (3.0, 5.0)]):
+        path = finished / "results" / f"paper-seed{seed}.json"
+        spread = {"attention_spread": attention, "contribution_spread": contribution}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **spread}))
+    report = write_report(finished)
+    assert report.tables[3].rows == [("paper", "2.000", "5.000")]
+    assert (report.folder / "attention.csv").is_file()
 
 
 def test_a_reference_without_runs_is_named(finished: Path) -> None:
@@ -373,12 +492,14 @@ def test_the_table_of_cost_says_what_was_published_and_how_far_off_it_is(monkeyp
     assert math.isclose(float(rows["epsanet101_large_g32"][2]), 53.74 - 49.59, abs_tol=0.006)
 
 
-def test_a_detector_is_a_run_of_a_study_too_and_its_score_is_the_box_ap(tmp_path: Path) -> None:
+def test_a_detector_is_a_run_of_a_study_too_and_its_score_is_the_box_ap_after_the_last_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from detecting import BACKBONE, BACKBONE_ARGS, coco_folder, detector_config
 
     from epsanet.data.config import DataConfig
     from epsanet.network.detectors import load_detector
-    from epsanet.study.worker import run_one
+    from epsanet.study.worker import measure_detector, run_one
     from epsanet.tasks.config import ScheduleConfig, TrainConfig
     from epsanet.tasks.detection.evaluate import evaluate_detector
 
@@ -399,6 +520,19 @@ def test_a_detector_is_a_run_of_a_study_too_and_its_score_is_the_box_ap(tmp_path
     assert found["images"] == expected.images
     detector = load_detector(tmp_path / "run" / "model").model
     assert found["parameters"] == sum(p.numel() for p in detector.parameters())
+
+    scored: dict[str, torch.Tensor] = {}
+
+    def evaluated(loaded: Any, *args: Any, **kwargs: Any) -> Any:
+        scored.update(loaded.model.state_dict())
+        return evaluate_detector(loaded, *args, **kwargs)
+
+    monkeypatch.setattr("epsanet.tasks.detection.evaluate.evaluate_detector", evaluated)
+    best = tmp_path / "run" / "model" / "model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(best).items()}, best)  # of another epoch than the last
+    measure_detector(config, tmp_path / "run")
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, last[f"model.{name}"]) for name, value in scored.items())
 
 
 def test_each_network_of_a_study_of_detectors_has_its_own_trained_backbone(tmp_path: Path) -> None:

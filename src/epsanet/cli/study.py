@@ -34,7 +34,12 @@ def add_parts(parser: ArgumentParser) -> dict[str, ArgumentParser]:
 
     parts = parser.add_subcommands(required=True, dest="part")
     cost = ArgumentParser(exit_on_error=False)
-    cost.add_argument("--task", type=Literal["classification", "detection"], default="classification")
+    cost.add_argument(
+        "--task",
+        type=Literal["classification", "detection", "small-images"],
+        default="classification",
+        help="small-images: the forms for images of about 32×32.",
+    )
     cost.add_argument("--format", type=Literal["text", "csv", "markdown"], default="text", help="Of what is printed.")
     report = ArgumentParser(exit_on_error=False)
     report.add_argument("folder", type=str, help="Of a study; the report goes into its report/.")
@@ -60,14 +65,15 @@ def add_parts(parser: ArgumentParser) -> dict[str, ArgumentParser]:
 
 def arrange(words: list[str]) -> list[str]:
     """``study compare STUDY`` is ``study compare --config PATH``."""
-    from epsanet.study.config import study_recipe_path
+    from epsanet.study.config import refuse_unfit, study_recipe_path
 
     place = words.index("study") + 2
-    if words[place - 1 : place] not in (["compare"], ["ablation"]):
+    part = next(iter(words[place - 1 : place]), "")
+    if part not in ("compare", "ablation") or place == len(words) or words[place].startswith("-"):
         return words
-    if place < len(words) and not words[place].startswith("-"):
-        return [*words[:place], f"--config={study_recipe_path(words[place])}", *words[place + 1 :]]
-    return words
+    path = study_recipe_path(words[place])
+    refuse_unfit(part, path)
+    return [*words[:place], f"--config={path}", *words[place + 1 :]]
 
 
 def run(values: dict[str, Any]) -> int:
@@ -82,11 +88,11 @@ def run(values: dict[str, Any]) -> int:
 
 
 def _cost(task: str, format: Literal["text", "csv", "markdown"]) -> int:
-    from epsanet.study.tables import detection_costs, imagenet_costs, printed
+    from epsanet.study.tables import detection_costs, imagenet_costs, printed, small_costs
     from epsanet.tasks.console import console
 
-    table = detection_costs() if task == "detection" else imagenet_costs()
-    console.print(printed(table, format), end="")
+    tables = {"classification": imagenet_costs, "detection": detection_costs, "small-images": small_costs}
+    console.print(printed(tables[task](), format), end="")
     return 0
 
 

@@ -13,13 +13,15 @@ and numbers of branches are not here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from timm.layers import GlobalContext
+from timm.layers import GlobalContext, make_divisible
+from timm.layers.cbam import CbamModule
 from timm.layers.non_local_attn import BatNonLocalAttn, NonLocalAttn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.resnest import ResNestBottleneck
@@ -51,6 +53,9 @@ TOP_FREQUENCIES = (
 )
 """The 16 frequencies (vertical, horizontal) of a 7×7 grid that the paper found best one by one on ImageNet."""
 _GRID = 7
+_REDUCED_MULTIPLE = 8
+"""Hidden widths of attention layers are multiples of this, as timm has it for SENet's: so no rival's attention is
+narrower than another's in a narrow network. At depth 50 and 101 a sixteenth of the channels is such a multiple."""
 
 
 def dct_filter(frequency: tuple[int, int], size: int) -> Tensor:
@@ -69,16 +74,29 @@ def dct_filter(frequency: tuple[int, int], size: int) -> Tensor:
     return torch.outer(cosine(frequency[0]), cosine(frequency[1]))
 
 
+def frequencies(size: int) -> list[tuple[int, int]]:
+    """The sixteen frequencies of a feature map, as the release multiplies those of the 7×7 grid.
+
+    Args:
+        size: height and width; below 7 the lowest frequencies are taken, below 4 some of them again.
+    """
+    if size >= _GRID:
+        return [(size // _GRID * vertical, size // _GRID * horizontal) for vertical, horizontal in TOP_FREQUENCIES]
+    lowest = sorted(itertools.product(range(size), repeat=2), key=sum)
+    return [lowest[place % len(lowest)] for place in range(len(TOP_FREQUENCIES))]
+
+
 class FrequencyAttention(nn.Module):
     """Squeeze-and-excitation whose squeeze is the DCT: each sixteenth of the channels has its own frequency.
 
     Frequency (0, 0) would be an average, so SENet is the special case of that one alone. Frequencies are those of a
-    7×7 grid at the size of the feature map; a map of another size is averaged to it first.
+    7×7 grid at the size of the feature map; a map of another size is averaged to it first. A map smaller than the grid
+    has the sixteen lowest frequencies of its own.
 
     Args:
         channels: of the feature map.
         size: height and width of the feature map in training.
-        reduction: divides ``channels`` to give the hidden width.
+        reduction: divides ``channels`` to give the hidden width, which is rounded to a multiple of 8.
     """
 
     filters: Tensor
@@ -87,11 +105,10 @@ class FrequencyAttention(nn.Module):
         super().__init__()
         self.size = size
         chosen = [channel * len(TOP_FREQUENCIES) // channels for channel in range(channels)]
-        bases = torch.stack([dct_filter((v * size // _GRID, u * size // _GRID), size) for v, u in TOP_FREQUENCIES]).to(
-            dtype or torch.get_default_dtype()
-        )
+        bases = torch.stack([dct_filter(frequency, size) for frequency in frequencies(size)])
+        bases = bases.to(dtype or torch.get_default_dtype())
         self.register_buffer("filters", bases[chosen].to(device or torch.get_default_device()), persistent=False)
-        hidden = max(1, channels // reduction)
+        hidden = make_divisible(channels / reduction, _REDUCED_MULTIPLE, round_limit=0.0)
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False, device=device, dtype=dtype)
 
@@ -243,7 +260,7 @@ _FAMILIES = (
     _Family(
         prefix="seresnet", arguments={"block_args": {"attn_layer": "se"}}, sizes=("tiny",), paper="arXiv:1709.01507"
     ),
-    _Family(prefix="cbamresnet", arguments={"block_args": {"attn_layer": "cbam"}}, paper="arXiv:1807.06521"),
+    _Family(prefix="cbamresnet", arguments={"block_args": {"attn_layer": "cbam_r16"}}, paper="arXiv:1807.06521"),
     _Family(prefix="ecaresnet", arguments={"block_args": {"attn_layer": "eca"}}, paper="arXiv:1910.03151"),
     _Family(
         prefix="gcresnet",
@@ -292,9 +309,20 @@ _SMALL = {"small_images": True, "channels": (16, 32, 32, 64)}
 default_cfgs: dict[str, Any] = {}
 
 
+def _cbam_r16(channels: int, **kwargs: Any) -> nn.Module:
+    """The block of the paper: hidden width a sixteenth."""
+    return CbamModule(channels, rd_ratio=1 / 16, rd_divisor=_REDUCED_MULTIPLE, **kwargs)
+
+
 def _gc_r16(channels: int, **kwargs: Any) -> nn.Module:
     """The global context block of the paper: added, hidden width a sixteenth."""
-    return GlobalContext(channels, fuse_add=True, fuse_scale=False, rd_ratio=1 / 16, **kwargs)
+    return GlobalContext(
+        channels, fuse_add=True, fuse_scale=False, rd_ratio=1 / 16, rd_divisor=_REDUCED_MULTIPLE, **kwargs
+    )
+
+
+_ATTENTION = {"cbam_r16": _cbam_r16, "gc_r16": _gc_r16}
+"""By names, which a model folder can hold."""
 
 
 def _register(family: _Family, size: Size) -> None:
@@ -307,8 +335,8 @@ def _register(family: _Family, size: Size) -> None:
         if pretrained and not source.has_weights:  # a model folder has them
             raise ValueError(f"{name} has no pretrained weights; train it (epsanet train --model {name})")
         block_args = {**fixed.get("block_args", {}), **kwargs.pop("block_args", {})}
-        if block_args.get("attn_layer") == "gc_r16":
-            block_args["attn_layer"] = _gc_r16
+        if block_args.get("attn_layer") in _ATTENTION:
+            block_args["attn_layer"] = _ATTENTION[block_args["attn_layer"]]
         arguments = {**fixed, **kwargs, "block_args": block_args}
         return build_model_with_cfg(family.network, name, pretrained, **arguments)
 

@@ -12,7 +12,17 @@ from epsanet.tasks.config import TrainConfig, refuse_endless, train_parser
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["CompareConfig", "StudyConfig", "study_parser", "study_recipe_names", "study_recipe_path"]
+__all__ = [
+    "CompareConfig",
+    "StudyConfig",
+    "refuse_unfit",
+    "split_values",
+    "study_parser",
+    "study_recipe_names",
+    "study_recipe_path",
+]
+
+Part = Literal["compare", "ablation"]
 
 
 @dataclass(kw_only=True)
@@ -28,9 +38,11 @@ class StudyConfig:
     stages; none: the widths as they are."""
     at_once: int = 1
     """Runs at a time, each in a process with its share of the cores."""
+    threads: int = 1
+    """Processor threads of a run. Another number rounds differently and gives other scores: a study keeps its own."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "at_once"):
+        for name in ("seeds", "at_once", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is impossible; use 1 or more")
         if len(set(self.networks)) < len(self.networks):
@@ -65,6 +77,33 @@ def study_recipe_path(name: str) -> Path:
         refuse_endless(Path(name))
         return Path(name)
     raise ValueError(f"there is no study {name!r}: shipped are {', '.join(study_recipe_names())}, or name a YAML file")
+
+
+def refuse_unfit(part: Part, path: Path) -> None:
+    """Read a study's file with the flags that it may set, because errors inside a subcommand name neither.
+
+    Args:
+        part: the command that the file is given to.
+        path: of the file.
+
+    Raises:
+        ValueError: for a key or a value that does not fit, and for a file of the other command.
+    """
+    reason = _unfit(part, path)
+    if reason:
+        other: Part = "ablation" if part == "compare" else "compare"
+        hint = "" if _unfit(other, path) else f"; it is a study for epsanet study {other}"
+        raise ValueError(f"{path}: {reason}{hint}")
+
+
+def _unfit(part: Part, path: Path) -> str:
+    from jsonargparse import ArgumentError
+
+    try:
+        values = study_parser({"compare": CompareConfig, "ablation": StudyConfig}[part]).parse_path(path)
+    except ArgumentError as error:
+        return " ".join(str(error).split())
+    return "a comparison has networks, and no model" if part == "compare" and values["model"] != "auto" else ""
 
 
 def study_parser(kind: type[StudyConfig]) -> ArgumentParser:

@@ -99,6 +99,8 @@ PUBLISHED_RIVALS: dict[str, PublishedRival] = {
     "resnet50": PublishedRival(parameters=25.56, gmacs=4.09, top1=76.13, source="torchvision, ResNet50_Weights"),
     "resnet101": PublishedRival(parameters=44.55, gmacs=7.80, top1=77.37, source="torchvision, ResNet101_Weights"),
     "seresnet50": PublishedRival(top1=76.71, source="EPSANet's paper, as 1.93 below its own", why=_TIMM_SE),
+    "cbamresnet50": PublishedRival(top1=77.62, source="github.com/Jongchan/attention-module"),
+    "gcresnet50": PublishedRival(top1=77.70, source="arXiv:1904.11492"),
     "ecaresnet50": PublishedRival(
         parameters=24.37, gmacs=3.86, top1=77.42, source="github.com/BangguWu/ECANet", why=_ECA
     ),
@@ -122,6 +124,7 @@ PUBLISHED_RIVALS: dict[str, PublishedRival] = {
     "resnest50d": PublishedRival(
         parameters=27.5, gmacs=5.39, top1=81.03, source="github.com/zhanghang1989/ResNeSt, PaddleClas", why=_MACS
     ),
+    "resnest101e": PublishedRival(top1=82.83, source="github.com/zhanghang1989/ResNeSt", why="top-1 at 256×256"),
     "fcanet50": PublishedRival(parameters=28.07, top1=78.52, source="arXiv:2012.11879, github.com/cfzd/FcaNet"),
     "fcanet101": PublishedRival(top1=79.64, source="github.com/cfzd/FcaNet"),
     "pyconvresnet50": PublishedRival(top1=77.88, source="github.com/iduta/pyconv"),

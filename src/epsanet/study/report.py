@@ -71,11 +71,13 @@ def write_report(folder: str | Path, reference: str | None = None) -> Report:
     rows = sorted(networks.values(), key=lambda network: -network.of("score").value)
     tables = {"accuracy": _accuracy(rows), "comparisons": _comparisons(rows, networks, reference)}
     if all(network.has(scale) for network in rows for scale in _SCALES):
-        tables["scales"] = _scales(rows, networks[reference])
+        tables["scales"] = _scales(rows)
     listening = [network for network in rows if network.has("attention_spread")]
     if listening:
         tables["attention"] = _attention(listening)
-    report = Report(folder=folder / "report", tables=tuple(tables.values()), notes=_notes(rows, study))
+    report = Report(
+        folder=folder / "report", tables=tuple(tables.values()), notes=_notes(rows, networks[reference], study)
+    )
     _write(report, list(tables), rows)
     return report
 
@@ -88,7 +90,7 @@ def _networks(results: list[dict[str, Any]]) -> dict[str, _Network]:
     return networks
 
 
-def _notes(rows: Sequence[_Network], study: dict[str, Any]) -> tuple[str, ...]:
+def _notes(rows: Sequence[_Network], reference: _Network, study: dict[str, Any]) -> tuple[str, ...]:
     runs = [run for network in rows for run in network.runs.values()]
     most = max(len(network.runs) for network in rows)
     lacking = [f"{network.name} ({len(network.runs)})" for network in rows if len(network.runs) < most]
@@ -100,9 +102,12 @@ def _notes(rows: Sequence[_Network], study: dict[str, Any]) -> tuple[str, ...]:
         f"measured on {'; '.join(hardware)}, {first if first == last else f'{first} to {last}'}",
     ]
     if all("train_seconds" in run for run in runs):
-        notes.append(f"training took {duration(sum(run['train_seconds'] for run in runs))} of process time")
+        notes.append(f"training took {duration(sum(run['train_seconds'] for run in runs))}, all runs added up")
     if lacking:
         notes.append(f"fewer than {counted(most, 'run')}: {', '.join(lacking)}")
+    alone = [network.name for network in rows if not network.runs.keys() & reference.runs.keys()]
+    if alone:
+        notes.append(f"not tested against {reference.name}, with which they share no seed: {', '.join(alone)}")
     return tuple(notes)
 
 
@@ -139,9 +144,10 @@ def _accuracy(rows: Sequence[_Network]) -> Table:
 
 
 def _pairs(networks: dict[str, _Network], reference: str) -> list[tuple[str, str]]:
-    """Each row with the reference; a row of two settings also with either of them."""
+    """Each row with the reference; a row of two settings also with either of them, where that is not the same pair."""
     pairs = [(name, reference) for name in networks if name != reference]
-    return pairs + [(name, part) for name in networks if "+" in name for part in name.split("+") if part in networks]
+    parts = [(name, part) for name in networks if "+" in name for part in name.split("+") if part in networks]
+    return pairs + [pair for pair in parts if reference not in pair]
 
 
 def _comparisons(rows: Sequence[_Network], networks: dict[str, _Network], reference: str) -> Table:
@@ -178,18 +184,12 @@ def _comparisons(rows: Sequence[_Network], networks: dict[str, _Network], refere
     )
 
 
-def _scales(rows: Sequence[_Network], reference: _Network) -> Table:
+def _scales(rows: Sequence[_Network]) -> Table:
     cells = []
     for network in rows:
         found = [network.of(scale) for scale in _SCALES]
-        seeds = sorted(network.runs.keys() & reference.runs.keys())
-        lost = [
-            [run["top1_at_1"] - run[scale] for run in (network.runs[seed] for seed in seeds)]
-            for scale in (_SCALES[0], _SCALES[2])
-        ]
-        cells.append(
-            (network.name, *(f"{value.value:.2f}" for value in found), *(f"{mean(x).value:.2f}" for x in lost))
-        )
+        lost = [found[1].value - value.value for value in (found[0], found[2])]
+        cells.append((network.name, *(f"{value.value:.2f}" for value in found), *(f"{value:.2f}" for value in lost)))
     return Table(
         title="Top-1 at other sizes of the objects [%], mean over seeds",
         columns=("row", "0.5×", "1×", "1.5×", "lost at 0.5×", "lost at 1.5×"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from timm.models.resnet import ResNet
 
 from epsanet.network.rivals import RIVALS
 from epsanet.network.weights import create_model
@@ -33,6 +35,13 @@ class Row:
     width_multiple: int = 8
     """Widths of stages may be a multiple of this."""
 
+    def start(self, init_from: str | None) -> str | None:
+        """Where its weights start: ``{network}``, which gives each detector its trained backbone, is the row's name."""
+        return None if init_from is None else init_from.replace("{network}", self.name)
+
+
+_TOLERANCE = 0.03
+"""Costs that differ by less are equal; the differences in accuracy that are looked for are larger."""
 
 ABLATION_REFERENCE = "paper"
 """The row that all others of an ablation are matched to and tested against."""
@@ -146,12 +155,13 @@ def _count(row: Row, by: Literal["parameters", "macs"], num_classes: int, input_
 
 
 def match_widths(row: Row, target: int, by: Literal["parameters", "macs"], num_classes: int, input_size: int) -> Row:
-    """The row with the widths of its stages changed so that it costs as nearly ``target`` as their multiples allow.
+    """The row with the widths of its stages changed so that it costs what ``target`` says.
 
-    All widths are scaled by one factor; each is then rounded up or down, whichever mixture comes nearest.
+    All widths are scaled by one factor, and each is rounded up or down. Of the mixtures within 3 % of the target, the
+    one nearest to the network's own proportions is taken; where there is none, the one nearest in cost.
 
     Args:
-        row: a network with the argument ``channels``; it stays as it is where nothing comes nearer.
+        row: a network with the argument ``channels``.
         target: parameters or multiply-accumulates.
         by: which of the two.
         num_classes: outputs.
@@ -162,10 +172,11 @@ def match_widths(row: Row, target: int, by: Literal["parameters", "macs"], num_c
     """
     with torch.device("meta"):
         model = create_model(row.model, num_classes=num_classes, **row.model_args)
-    stages = getattr(model, "stages", None)
-    if stages is None:
+    if not isinstance(model, ResNet):
         raise ValueError(f"the widths of {row.model} cannot be changed for equal cost; use --match none")
-    widths = tuple(info["num_chs"] // 4 for info in model.feature_info[1:])
+    expansion = next(module.expansion for module in model.layer1.modules() if hasattr(module, "expansion"))
+    widths = tuple(info["num_chs"] // expansion for info in model.feature_info[1:])
+    multiple = row.width_multiple
 
     def wider(channels: Iterable[int]) -> Row:
         return replace(row, model_args={**row.model_args, "channels": list(channels)})
@@ -176,15 +187,20 @@ def match_widths(row: Row, target: int, by: Literal["parameters", "macs"], num_c
     low, high = 1 / 4, 4.0
     for _ in range(8):  # the factor to a hundredth
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if cost(_rounded(widths, middle, row.width_multiple)) > target else (middle, high)
-    multiple = row.width_multiple
+        rounded = [max(1, round(width * middle / multiple)) * multiple for width in widths]
+        low, high = (low, middle) if cost(rounded) > target else (middle, high)
     choices = [
-        sorted({max(1, rounding(width * low / multiple)) * multiple for rounding in (math.floor, math.ceil)})
+        [n * multiple for n in range(max(1, int(width * low / multiple)), math.ceil(width * high / multiple) + 1)]
         for width in widths
     ]
-    candidates = [widths, *itertools.product(*choices)]
-    return wider(min(candidates, key=lambda channels: abs(math.log(cost(channels) / target))))
+    errors = {mixture: abs(cost(mixture) / target - 1) for mixture in {widths, *itertools.product(*choices)}}
+    near = [mixture for mixture, error in errors.items() if error <= _TOLERANCE]
+    if not near:
+        return wider(min(errors, key=lambda mixture: errors[mixture]))
+    return wider(min(near, key=lambda mixture: (_distortion(mixture, widths), errors[mixture])))
 
 
-def _rounded(widths: tuple[int, ...], factor: float, multiple: int) -> tuple[int, ...]:
-    return tuple(max(1, round(width * factor / multiple)) * multiple for width in widths)
+def _distortion(mixture: tuple[int, ...], widths: tuple[int, ...]) -> float:
+    """How unequally the stages are scaled."""
+    scales = [math.log(new / own) for new, own in zip(mixture, widths, strict=True)]
+    return round(statistics.pstdev(scales), 6)

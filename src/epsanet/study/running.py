@@ -77,14 +77,10 @@ class StudyRun:
         return self.folder / "results" / f"{self.name}.json"
 
     def config(self, train: TrainConfig) -> TrainConfig:
-        """What differs from run to run, set in the common configuration.
-
-        ``{network}`` in ``init_from``, which gives detectors their trained backbones, is the name of the row.
-        """
-        start = train.init_from
+        """What differs from run to run, set in the common configuration."""
         return replace(
             train,
-            init_from=None if start is None else start.replace("{network}", self.row.name),
+            init_from=self.row.start(train.init_from),
             model=self.row.model,
             model_args=self.row.model_args,
             seed=self.seed,
@@ -112,15 +108,18 @@ def run_study(kind: str, study: StudyConfig, train: TrainConfig, rows: Sequence[
     """
     if train.output is None:
         raise ValueError("a study needs --output, its folder; the same command goes on with it")
-    if study.at_once > len(cores()):
-        raise ValueError(f"at_once={study.at_once} is more than the {counted(len(cores()), 'core')} of this process")
+    if study.at_once * study.threads > len(cores()):
+        raise ValueError(
+            f"at_once={study.at_once} with threads={study.threads} is more than the {counted(len(cores()), 'core')} of "
+            "this process; use a smaller at_once"
+        )
     folder = Path(train.output).resolve()
     with _alone(folder):
         _write_study(folder, kind, study, train)
         runs = [StudyRun(folder=folder, row=row, seed=seed) for seed in range(study.seeds) for row in rows]
         for run in runs:
             _write_config(run, train)
-        failed = _Crew(runs, train.schedule.epochs, study.at_once, cores()).work()
+        failed = _Crew(runs, train.schedule.epochs, study, cores()).work()
         table = _write_table(folder)
     if failed:
         raise ValueError(
@@ -284,13 +283,13 @@ class _Crew:
     Args:
         runs: all of the study, finished ones too.
         epochs: of each.
-        at_once: processes.
+        study: how many at a time, and their threads.
         numbers: of the cores that they share.
     """
 
-    def __init__(self, runs: list[StudyRun], epochs: int, at_once: int, numbers: list[int]) -> None:
-        self.runs, self.epochs = runs, epochs
-        self.shares = [numbers[place::at_once] for place in range(at_once)]
+    def __init__(self, runs: list[StudyRun], epochs: int, study: StudyConfig, numbers: list[int]) -> None:
+        self.runs, self.epochs, self.threads = runs, epochs, study.threads
+        self.shares = [numbers[place :: study.at_once] for place in range(study.at_once)]
         self.waiting = [run for run in runs if not run.result.is_file()]
         self.working: list[_Working] = []
         self.failed: list[str] = []
@@ -347,7 +346,7 @@ class _Crew:
                 stdin=subprocess.PIPE,  # its end tells the run that the study is gone
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(len(share)), **os.environ},
+                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
                 start_new_session=True,  # Ctrl-C comes here alone
             )
         if hasattr(os, "sched_setaffinity"):

@@ -35,7 +35,7 @@ class Difference:
     mean: Mean
     """Of the differences."""
     p: float
-    """Two-sided, of the paired t-test; not a number where there is one pair only."""
+    """Two-sided, of the paired t-test; not a number where there is one pair only, or all pairs differ by the same."""
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -61,10 +61,8 @@ def paired_difference(one: Sequence[float], other: Sequence[float]) -> Differenc
     """
     differences = [a - b for a, b in zip(one, other, strict=True)]
     found = mean(differences)
-    if found.runs < 2:
+    if found.runs < 2 or found.deviation == 0:
         return Difference(mean=found, p=math.nan)
-    if found.deviation == 0:
-        return Difference(mean=found, p=1.0 if found.value == 0 else 0.0)
     t = found.value / (found.deviation / math.sqrt(found.runs))
     return Difference(mean=found, p=2 * float(special.stdtr(found.runs - 1, -abs(t))))
 

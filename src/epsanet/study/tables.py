@@ -16,7 +16,7 @@ from epsanet.network.rivals import RIVALS
 from epsanet.study.cost import Cost, cost, count, detector_table
 from epsanet.study.published import PUBLISHED, PUBLISHED_RIVALS
 
-__all__ = ["Table", "detection_costs", "imagenet_costs", "printed"]
+__all__ = ["Table", "detection_costs", "imagenet_costs", "printed", "small_costs"]
 
 _WIDTH = 200
 
@@ -85,7 +85,7 @@ def imagenet_costs() -> Table:
             elif key == "epsanet":
                 rows.append(_own_row(cost(name)))
             else:
-                rows.append(_rival_row(cost(name)))
+                rows.append(_rival_row(name, *count(name, 224)))
         rows += [_own_row(cost(name)) for name in names if name.startswith(f"epsanet{size}")]
     return Table(
         title="Cost on ImageNet: parameters [10⁶] and multiply-accumulates at 224×224 [10⁹]",
@@ -96,7 +96,8 @@ def imagenet_costs() -> Table:
         rows=rows,
         notes=(
             "Counted: all parameters; multiply-accumulates of convolutions, linear layers and matrix products.",
-            "EPSANet's paper counts norms, activations and pools too. An empty cell: no figure found in a source.",
+            "EPSANet's paper counts norms, activations and pools too. An empty cell: no figure found in a source that",
+            "could be read.",
         ),
     )
 
@@ -109,12 +110,12 @@ def _own_row(row: Cost) -> tuple[str, ...]:
     )
 
 
-def _rival_row(row: Cost) -> tuple[str, ...]:
-    found = PUBLISHED_RIVALS.get(row.name)
+def _rival_row(name: str, parameters: int, macs: int) -> tuple[str, ...]:
+    found = PUBLISHED_RIVALS.get(name)
     if found is None:
-        return _cost_row(row.name, row.parameters, row.macs, None, None, None, "")
+        return _cost_row(name, parameters, macs, None, None, None, "no figure found in a source that could be read")
     text = _joined(found.source, found.why)
-    return _cost_row(row.name, row.parameters, row.macs, found.parameters, found.gmacs, found.top1, text)
+    return _cost_row(name, parameters, macs, found.parameters, found.gmacs, found.top1, text)
 
 
 def _joined(source: str, why: str) -> str:
@@ -144,6 +145,21 @@ def _beside(ours: float, published: float | None, digits: int) -> tuple[str, str
         return f"{ours:.{digits}f}", "", ""
     difference = round(ours - published, 2)
     return f"{ours:.{digits}f}", f"{published:.2f}", f"{difference:+.2f}" if difference else "0"
+
+
+def small_costs() -> Table:
+    """The forms for small images, which only this package has: counted for ten classes at 32×32."""
+    rows = []
+    for rival in RIVALS.values():
+        name = rival.models["tiny"]
+        parameters, macs = count(name, 32, num_classes=10, **rival.model_args)
+        rows.append((name, rival.title, f"{parameters:,}", f"{macs / 1e6:.1f}"))
+    return Table(
+        title="Cost of the small-image forms: parameters, and multiply-accumulates at 32×32 [10⁶]",
+        columns=("network", "title", "parameters", "MACs"),
+        rows=rows,
+        notes=("Ten classes, the widths of their own; a comparison scales these for equal cost.",),
+    )
 
 
 def detection_costs() -> Table:

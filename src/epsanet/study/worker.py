@@ -101,11 +101,7 @@ def measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
     if not isinstance(samples, Stream):
         samples, _ = check_images(samples, title, on_bad_image=config.data.on_bad_image, depth=config.data.check)
     loaded = load_model(folder / "model")
-    checkpoint = read(folder / "checkpoints" / LAST)
-    prefix = "model."
-    weights = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
-    names = loaded.model.state_dict()
-    loaded.model.load_state_dict({name: weights[name] for name in names})
+    _take_last(loaded.model, folder, "model.")
     network = loaded.model.eval().to(memory_format=torch.channels_last)
     loader = evaluation_loader(samples, config.data, loaded.data_config)
     found = {"split": title, **_accuracies(network, loader), **_history(folder)}
@@ -117,14 +113,21 @@ def measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def measure_detector(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """COCO's box AP of the best checkpoint on the validation images, in percent, in the column of the score."""
+    """COCO's box AP after the last epoch on the validation images, in percent, in the column of the score."""
     from epsanet.network.detectors import load_detector
     from epsanet.tasks.detection.evaluate import evaluate_detector
 
     loaded = load_detector(folder / "model")
+    _take_last(loaded.model, folder, "model.")
     found = evaluate_detector(loaded, config.data, split="val", device=config.device)
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     return {"split": "val", "score": 100 * found.box.ap, "images": found.images, "parameters": parameters}
+
+
+def _take_last(model: nn.Module, folder: Path, prefix: str) -> None:
+    """Weights after the last epoch in the place of the best."""
+    saved = read(folder / "checkpoints" / LAST)["state_dict"]
+    model.load_state_dict({name: saved[prefix + name] for name in model.state_dict()})
 
 
 def _history(folder: Path) -> dict[str, Any]:
