@@ -65,15 +65,16 @@ def add_parts(parser: ArgumentParser) -> dict[str, ArgumentParser]:
 
 def arrange(words: list[str]) -> list[str]:
     """``study compare STUDY`` is ``study compare --config PATH``."""
-    from epsanet.study.config import refuse_unfit, study_recipe_path
+    from epsanet.study.config import PARTS, refuse_unfit, study_recipe_path
 
     place = words.index("study") + 2
-    part = next(iter(words[place - 1 : place]), "")
-    if part not in ("compare", "ablation") or place == len(words) or words[place].startswith("-"):
-        return words
-    path = study_recipe_path(words[place])
-    refuse_unfit(part, path)
-    return [*words[:place], f"--config={path}", *words[place + 1 :]]
+    named = place < len(words) and not words[place].startswith("-")
+    for part in PARTS:
+        if named and words[place - 1] == part:
+            path = study_recipe_path(words[place])
+            refuse_unfit(part, path)
+            return [*words[:place], f"--config={path}", *words[place + 1 :]]
+    return words
 
 
 def run(values: dict[str, Any]) -> int:

@@ -82,7 +82,7 @@ def frequencies(size: int) -> list[tuple[int, int]]:
     """
     if size >= _GRID:
         return [(size // _GRID * vertical, size // _GRID * horizontal) for vertical, horizontal in TOP_FREQUENCIES]
-    lowest = sorted(itertools.product(range(size), repeat=2), key=sum)
+    lowest = sorted(itertools.product(range(size), range(size)), key=sum)
     return [lowest[place % len(lowest)] for place in range(len(TOP_FREQUENCIES))]
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 __all__ = [
+    "PARTS",
     "CompareConfig",
     "StudyConfig",
     "refuse_unfit",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 Part = Literal["compare", "ablation"]
+PARTS: tuple[Part, ...] = ("compare", "ablation")
+"""The commands that train."""
 
 
 @dataclass(kw_only=True)

@@ -193,14 +193,15 @@ def match_widths(row: Row, target: int, by: Literal["parameters", "macs"], num_c
         [n * multiple for n in range(max(1, int(width * low / multiple)), math.ceil(width * high / multiple) + 1)]
         for width in widths
     ]
-    errors = {mixture: abs(cost(mixture) / target - 1) for mixture in {widths, *itertools.product(*choices)}}
-    near = [mixture for mixture, error in errors.items() if error <= _TOLERANCE]
-    if not near:
-        return wider(min(errors, key=lambda mixture: errors[mixture]))
-    return wider(min(near, key=lambda mixture: (_distortion(mixture, widths), errors[mixture])))
+    errors: dict[Iterable[int], float] = {
+        mixture: abs(cost(mixture) / target - 1) for mixture in {widths, *itertools.product(*choices)}
+    }
+    ranked = sorted(errors, key=lambda mixture: errors[mixture])
+    near = [mixture for mixture in ranked if errors[mixture] <= _TOLERANCE]
+    return wider(min(near, key=lambda mixture: _distortion(mixture, widths)) if near else ranked[0])
 
 
-def _distortion(mixture: tuple[int, ...], widths: tuple[int, ...]) -> float:
+def _distortion(mixture: Iterable[int], widths: Iterable[int]) -> float:
     """How unequally the stages are scaled."""
     scales = [math.log(new / own) for new, own in zip(mixture, widths, strict=True)]
     return round(statistics.pstdev(scales), 6)
