@@ -26,6 +26,17 @@ def _permissions(mode: int) -> int:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A full disk does not say what it had no room for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it is synced and renamed to ``path`` unless the block raises."""
     path = Path(path)
@@ -34,15 +45,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(_permissions(0o666))
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)  # a full disk does not say what it had no room for
-        raise
+        with _named(path):
+            yield temporary
+            temporary.chmod(_permissions(0o666))
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,11 +62,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield temporary
-        temporary.chmod(_permissions(0o777))
-        for file in temporary.rglob("*"):
-            file.chmod(_permissions(0o777 if file.is_dir() else 0o666))
-            _sync(file)
+        with _named(path):
+            yield temporary
+            temporary.chmod(_permissions(0o777))
+            for file in temporary.rglob("*"):
+                file.chmod(_permissions(0o777 if file.is_dir() else 0o666))
+                _sync(file)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             try:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from making import real_data
+from PIL import Image
 
 from epsanet.data.coco import CocoSamples, check_coco, find_coco_splits, open_coco, open_coco_split, read_rle
 from epsanet.data.config import DataConfig
@@ -187,11 +188,95 @@ def test_gaps_in_ids_are_closed_by_name_and_empty_images_stay(tmp_path: Path) ->
     assert objects.masks.shape == (0, 48, 64)
 
 
+def test_crowd_regions_of_a_class_that_training_does_not_know_are_left_out(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+
+    def add(content: dict[str, Any]) -> None:
+        content["categories"].append({"id": 9, "name": "yak"})
+        content["annotations"].append({**content["annotations"][0], "id": 900, "category_id": 9, "iscrowd": 1})
+
+    wanted = opened(folder)
+    changed(folder, add, "val")
+    splits = opened(folder)
+    assert splits.reports[1].problems == {"crowd regions of unknown classes": ["annotation 900 (yak)"]}
+    assert splits.reports[1].crowds == 0
+    for position in range(len(splits.val)):
+        found, before = (one.val.read(position)[1].as_target() for one in (splits, wanted))
+        assert all(torch.equal(found[key], before[key]) for key in before)
+    changed(folder, add, "train")
+    assert opened(folder).reports[1].crowds == 1
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [5, 5, 1e-6, 9],  # nothing in float32
+        [5, 5, 9, 1e-3],  # next to nothing when the image is scaled
+        [-9, 5, 9 + 1e-7, 9],  # all of it beyond the border
+        [64 - 1e-9, 5, 9, 9],
+        [5, 5, -2, 9],
+        [70, 5, -9, 9],
+    ],
+)
+def test_slivers_are_boxes_without_area(box: list[float], tmp_path: Path) -> None:
+    """torchvision's losses refuse a box whose corners meet, at whatever size the image is."""
+    folder = coco_folder(tmp_path)
+    changed(folder, lambda content: content["annotations"][0].update(bbox=box))
+    splits = opened(folder)
+    (names,) = (splits.reports[0].problems[kind] for kind in ("boxes without area",))
+    assert names == ["annotation 2 of 0.png"]
+    for position in range(len(splits.train)):
+        boxes = splits.train.read(position)[1].boxes
+        for scale in (0.1, 1 / 3, 1, 7.77):
+            assert (boxes[:, 2:] * scale > boxes[:, :2] * scale).all()
+
+
 def test_a_class_that_only_the_validation_split_has_is_an_error(tmp_path: Path) -> None:
     folder = coco_folder(tmp_path)
     changed(folder, lambda content: content["categories"][0].update(name="yak"), "val")
     with pytest.raises(ValueError, match=r"instances_val\.json does not fit: 1 of 2 classes are unknown: 'yak'"):
         opened(folder)
+
+
+def test_entries_of_one_id_are_kept_where_they_are_the_same_and_left_out_where_not(tmp_path: Path) -> None:
+    """Images 10, 17, … of two files that were merged: nobody can tell whose the objects of image 17 are."""
+    folder = coco_folder(tmp_path)
+    before = opened(folder).train
+
+    def merge(content: dict[str, Any]) -> None:
+        content["images"] += [{"id": 17, "file_name": "5.png"}, content["images"][2]]
+        content["annotations"] += content["annotations"][:2]
+
+    changed(folder, merge)
+    splits = opened(folder)
+    objects = len(before.annotations(1))
+    assert splits.reports[0].problems == {
+        "image ids of several images, left out with their annotations": [
+            f"image 17 (1.png, 5.png; {objects} annotations)"
+        ],
+        "duplicate image ids": ["image 24"],
+        "duplicate annotation ids": ["annotation 2", "annotation 7"],
+    }
+    assert [Path(splits.train.name(place)).name for place in range(5)] == [f"{name}.png" for name in (0, 2, 3, 4, 5)]
+    for place, other in enumerate((0, 2, 3, 4, 5)):
+        assert splits.train.annotations(place) == before.annotations(other)
+    with pytest.raises(ValueError, match=r"1 image ids of several images, .* \(image 17 \(1\.png, 5\.png; 2 annot"):
+        opened(folder, on_bad_image="raise")
+
+
+def test_a_category_id_of_two_classes_is_left_out_with_its_objects(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    for split in ("train", "val"):
+        changed(folder, lambda content: content["categories"].append({"id": 8, "name": "yak"}), split)
+    splits = opened(folder)
+    assert splits.class_names == ["ant"]
+    ((kind, (name,)),) = splits.reports[0].problems.items()
+    assert kind == "category ids of several categories, left out with their annotations"
+    cats = json.loads((folder / "annotations" / "instances_train.json").read_text())["annotations"]
+    cats = [entry for entry in cats if entry["category_id"] == 8]
+    assert len(cats) > 0
+    assert name == f"category 8 (cat, yak; {len(cats)} annotations)"
+    assert {e["category_id"] for place in range(len(splits.train)) for e in splits.train.annotations(place)} == {3}
 
 
 def damage(content: dict[str, Any]) -> None:
@@ -250,6 +335,7 @@ def test_everything_wrong_is_named_counted_and_left_out(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
         ("[]", "no list 'images'"),
         ('{"images": [], "annotations": []}', "no list 'categories'"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "no 'file_name'"),
@@ -295,6 +381,56 @@ def test_the_usual_layouts_are_found(tmp_path: Path) -> None:
         assert find_coco_splits(folder) == {"train": (folder / file, folder / images)}, name
 
 
+@pytest.mark.parametrize("name", ["training-data", "testset", "valves", "train"])
+def test_the_name_of_the_data_set_is_not_taken_for_that_of_a_split(name: str, tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path / name)
+    wanted = {}
+    for split in ("train", "val"):
+        (folder / "annotations" / f"instances_{split}.json").rename(folder / f"{split}.json")
+        wanted[split] = (folder / f"{split}.json", folder / split)
+    (folder / "annotations").rmdir()
+    (folder / "valves").mkdir()
+    (folder / "valves" / "settings.json").write_text("{}")
+    assert find_coco_splits(folder) == wanted
+    (folder / "val.json").unlink()
+    assert find_coco_splits(folder) == {"train": wanted["train"]}
+
+
+def test_cocos_own_lists_of_test_images_are_no_test_split(tmp_path: Path) -> None:
+    """The files of cocodataset.org as they are unpacked, all in one folder."""
+    folder = coco_folder(tmp_path)
+    places = folder / "annotations"
+    for split in ("train", "val"):
+        (folder / split).rename(folder / f"{split}2017")
+        for kind in ("captions", "person_keypoints"):
+            (places / f"{kind}_{split}2017.json").write_text("{}")
+        (places / f"instances_{split}.json").rename(places / f"instances_{split}2017.json")
+    listed = json.dumps({"images": [], "categories": []})
+    for name in ("image_info_test2017", "image_info_test-dev2017"):
+        (places / f"{name}.json").write_text(listed)
+    splits = opened(folder)
+    assert (len(splits.train), len(splits.val), splits.test) == (6, 6, None)
+    _, report, _ = split_of(folder, None)
+    assert report.title == "val"
+
+
+def split_of(folder: Path, split: str | None, **changes: Any) -> Any:
+    """A split opened for a detector with masks."""
+    config = DataConfig(source=str(folder), workers=0)
+    arguments = {"class_names": ["ant", "cat"], "masks": True, "progress": lambda _: lambda items, __: items}
+    return open_coco_split(config, split, **{**arguments, **changes})
+
+
+def test_only_the_split_that_is_asked_for_has_to_be_there(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    (folder / "annotations" / "instances_test.json").write_text("{}")
+    for split in ("train", "val"):
+        assert split_of(folder, split)[1].title == split
+    for split in ("test", None):
+        with pytest.raises(ValueError, match=r"instances_test.json has no folder of images beside it"):
+            split_of(folder, split)
+
+
 def test_a_folder_without_splits_or_masks_says_what_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no COCO JSON for train; .*instances_train.json"):
@@ -312,8 +448,9 @@ def test_a_split_is_opened_for_a_detector_with_more_classes_in_another_order(tmp
     folder = coco_folder(tmp_path)
     config = DataConfig(source=str(folder), workers=0)
     progress: Any = lambda _: lambda items, __: items  # noqa: E731
-    samples, report = open_coco_split(config, None, ["cat", "dog", "ant"], masks=True, progress=progress)
+    samples, report, masks = open_coco_split(config, None, ["cat", "dog", "ant"], masks=True, progress=progress)
     plain = opened(folder).val
+    assert masks
     assert report.title == "val"
     for position in range(len(plain)):
         wanted = [{0: 2, 1: 0}[label] for label in plain.read(position)[1].labels.tolist()]
@@ -322,6 +459,75 @@ def test_a_split_is_opened_for_a_detector_with_more_classes_in_another_order(tmp
         open_coco_split(config, "val", ["cat"], masks=True, progress=progress)
     with pytest.raises(ValueError, match="no COCO JSON for test, only train, val"):
         open_coco_split(config, "test", ["cat", "ant"], masks=True, progress=progress)
+
+
+def test_segmentations_are_used_where_any_object_has_one(tmp_path: Path) -> None:
+    """An object without a segmentation, or a placeholder of the annotator's tool, does not hide those of the others."""
+    folder = coco_folder(tmp_path)
+
+    def spoil(content: dict[str, Any]) -> None:
+        content["annotations"][0].update(bbox=[0, 0, 0, 0], segmentation=[])
+        content["annotations"][1].update(segmentation=[[1, 1, 9, 9]])
+        content["annotations"][2].pop("segmentation")
+
+    changed(folder, spoil, "val")
+    splits = opened(folder)
+    samples, report, masks = split_of(folder, "val")
+    assert masks
+    assert report.problems == splits.reports[1].problems
+    kinds = {kind: len(names) for kind, names in report.problems.items()}
+    assert kinds == {"boxes without area": 1, "objects without a usable segmentation": 2}
+    for position in range(len(samples)):
+        objects = samples.read(position)[1]
+        assert objects.masks is not None
+        assert len(objects.masks) == len(objects.boxes)
+    changed(folder, lambda content: [entry.update(segmentation=[]) for entry in content["annotations"]], "val")
+    samples, report, masks = split_of(folder, "val")
+    assert not masks
+    assert sum(report.per_class.values()) == 9  # all but the placeholder
+    assert split_of(folder, "train", masks=False)[2] is False
+
+
+@pytest.mark.parametrize("check", ["headers", "full"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+def test_photographs_lie_as_their_orientation_says_however_they_are_checked(
+    suffix: str, check: Any, tmp_path: Path
+) -> None:
+    """Orientations 5 to 8 of EXIF 2.3 swap width and height; annotators see the upright picture."""
+    folder = coco_folder(tmp_path, images=8, size=(64, 48))
+
+    def turn(content: dict[str, Any]) -> None:
+        for orientation, image in enumerate(content["images"], start=1):
+            picture = Image.open(folder / "train" / image["file_name"])
+            image["file_name"] = f"{orientation}.{suffix}"
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            picture.save(folder / "train" / image["file_name"], exif=exif)
+            image["width"], image["height"] = (64, 48) if orientation < 5 else (48, 64)
+
+    changed(folder, turn)
+    splits = opened(folder, check=check)
+    assert splits.reports[0].problems == {}
+    assert [splits.train.read(place)[0].size for place in range(8)] == [(64, 48)] * 4 + [(48, 64)] * 4
+
+
+def test_a_split_without_usable_images_says_what_is_wrong_with_them(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+
+    def resize(content: dict[str, Any]) -> None:
+        for image in content["images"][:5]:
+            image.update(width=48, height=64)
+
+    (folder / "train" / "5.png").write_bytes(b"no image")
+    changed(folder, resize)
+    with pytest.raises(ValueError, match="the train split has no usable image") as caught:
+        opened(folder)
+    text = str(caught.value)
+    assert "5 images of another size than the file says" in text
+    assert "0.png (64×48, in the file 48×64)" in text
+    assert "1 damaged images" in text
+    changed(folder, lambda content: [image.update(width=None, height=0) for image in content["images"]])
+    assert len(opened(folder).train) == 5
 
 
 def test_a_rounded_box_at_the_border_is_no_problem(tmp_path: Path) -> None:

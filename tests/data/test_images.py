@@ -108,6 +108,11 @@ def test_32_bit_grey_within_8_bits_is_taken_as_it_is() -> None:
     same(read_image(saved(Image.fromarray(values), "TIFF")), np.dstack([values] * 3))
 
 
+def test_floats_are_taken_as_they_are_and_clipped_each_by_itself() -> None:
+    values = np.array([[-3, 0, 7.5], [200, 255, 300]], dtype=np.float32)
+    same(read_image(saved(Image.fromarray(values), "TIFF")), np.dstack([[[0, 0, 7], [200, 255, 255]]] * 3))
+
+
 @pytest.mark.parametrize("mode", ["1", "L"])
 def test_grey_and_bilevel_become_three_equal_channels(mode: str) -> None:
     values = np.where(PICTURE[..., 0] > 127, 255, 0).astype(np.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import pytest
 import torch
 from making import class_folders
 from PIL import Image
+from torch.utils.data import Dataset
 
 from epsanet.data.config import DataConfig
-from epsanet.data.images import read_image
+from epsanet.data.images import ImageError, read_image
 from epsanet.data.loaders import (
     EpochOrder,
     EvaluationOrder,
     ImageDataset,
+    Loader,
     TrainLoader,
     evaluation_loader,
     evaluation_transform,
@@ -209,19 +211,87 @@ def test_an_image_damaged_during_training_is_named_once_and_replaced_by_the_next
     spoilt: FolderSamples, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = ImageDataset(spoilt, evaluation_transform(PREPROCESSING), on_bad_image="skip")
-    for _ in range(2):
-        picture, label, position = dataset[1]
+    for epoch in range(2):
+        picture, label, position = dataset[epoch, 1]
         assert (label, position) == (0, 2)
-        assert torch.equal(picture, dataset[2][0])
-        assert dataset[3][1:] == (0, 0), "after the last image comes the first"
+        assert isinstance(picture, torch.Tensor)
+        assert torch.equal(picture, dataset[epoch, 2][0])
+        assert dataset[epoch, 3][1:] == (0, 0), "after the last image comes the first"
     assert [record.getMessage().split(";")[1] for record in caplog.records] == [" the next image takes its place"] * 2
     assert spoilt.name(1) in caplog.records[0].getMessage()
     assert "no such file" in caplog.records[1].getMessage()
 
 
-def test_an_image_damaged_before_evaluation_stops_it_by_name(spoilt: FolderSamples) -> None:
-    with pytest.raises(ValueError, match=r"a/001\.png: not an image"):
-        list(evaluation_loader(spoilt, config(), PREPROCESSING))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_damaged_before_evaluation_is_named_once_and_left_out(
+    workers: int, spoilt: FolderSamples, caplog: pytest.LogCaptureFixture
+) -> None:
+    for batch_size, batches in ((2, [[0], [2]]), (4, [[0, 2]]), (1, [[0], [2]])):
+        loader = evaluation_loader(spoilt, config(batch_size=batch_size, workers=workers), PREPROCESSING)
+        caplog.clear()
+        for _ in range(2):
+            assert [positions.tolist() for _, _, positions in loader] == batches
+        said = [record.getMessage() for record in caplog.records]
+        assert said == [
+            f"skipped {spoilt.name(1)}: not an image that can be identified",
+            f"skipped {spoilt.name(3)}: no such file",
+        ]
+
+
+def test_several_processes_leave_out_what_one_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is left of a batch."""
+    samples = FolderSamples(class_folders(tmp_path, {"a": 9}))
+    for place in (2, 3, 7):
+        Path(samples.name(place)).unlink()
+    found = []
+    for rank in range(2):
+        in_process(monkeypatch, rank, 2)
+        found.append(
+            [places.tolist() for *_, places in evaluation_loader(samples, config(batch_size=2), PREPROCESSING)]
+        )
+    assert found == [[[0, 1], [4, 5], [8]], [[6]]]
+
+
+@pytest.mark.parametrize("make", [train_loader, evaluation_loader])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_that_is_not_to_be_skipped_is_one_line_from_a_loader_process_too(
+    make: Callable[..., Any], workers: int, spoilt: FolderSamples
+) -> None:
+    """Of torch it would be the whole traceback."""
+    seed = {"seed": 0} if make is train_loader else {}
+    loader = make(spoilt, config(workers=workers, batch_size=4, on_bad_image="raise"), PREPROCESSING, **seed)
+    with pytest.raises(ValueError, match=r"^/.*(a/001\.png: not an image|b/000\.png: no such).*=skip$") as raised:
+        list(loader)
+    assert "\n" not in str(raised.value)
+
+
+class Broken(Dataset[int]):
+    """Fails with an error of this type."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, position: int) -> int:
+        raise self.error from KeyError("ValueError: behind it")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ImageError("damaged: OSError: 3 bytes"), "damaged: OSError: 3 bytes"),
+        (FileNotFoundError(2, "No such file", "x.parquet"), "[Errno 2] No such file: 'x.parquet'"),
+        (ValueError("two\nlines"), "two\nlines"),
+    ],
+)
+def test_an_error_of_a_loader_process_keeps_its_type_and_its_text(error: Exception, text: str) -> None:
+    with pytest.raises(type(error)) as raised:
+        list(Loader(Broken(error), num_workers=1))
+    assert type(raised.value) is type(error)
+    assert str(raised.value) == text
+    assert "Traceback" in str(raised.value.__cause__), "what --debug shows"
 
 
 def test_a_folder_that_vanished_ends_the_run(tmp_path: Path) -> None:
@@ -229,7 +299,19 @@ def test_a_folder_that_vanished_ends_the_run(tmp_path: Path) -> None:
     for place in range(2):
         Path(samples.name(place)).unlink()
     with pytest.raises(ValueError, match=r"100 images in a row cannot be read, the last .*no such file"):
-        _ = ImageDataset(samples, evaluation_transform(PREPROCESSING), on_bad_image="skip")[0]
+        _ = ImageDataset(samples, evaluation_transform(PREPROCESSING), on_bad_image="skip")[0, 0]
+    with pytest.raises(ValueError, match=r"none of 2 images can be read, the last .*no such file"):
+        list(evaluation_loader(samples, config(batch_size=1), PREPROCESSING))
+
+
+def test_a_folder_that_vanishes_during_an_evaluation_ends_it(tmp_path: Path) -> None:
+    samples = FolderSamples(class_folders(tmp_path, {"a": 110}, size=2))
+    batches = iter(evaluation_loader(samples, config(batch_size=5), PREPROCESSING))
+    next(batches)
+    for place in range(110):
+        Path(samples.name(place)).unlink()
+    with pytest.raises(ValueError, match=r"100 images in a row cannot be read, the last .*/104\.png: no such file"):
+        next(batches)
 
 
 def test_workers_follow_the_cores_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -591,6 +591,7 @@ def test_labels_of_shards_may_be_names_or_stand_in_json(tmp_path: Path) -> None:
         ({"1.txt": b"", "1.cls": b"1"}, "its sample 1 has no image"),
         ({"1.png": b"", "1.cls": b"\xff"}, "codec can't decode"),
         ({"1.png": b"", "1.json": b"{"}, "Expecting property name"),
+        ({"1.png": b"", "1.json": b'[{"label": 1}]'}, r"train-0\.tar .*: its sample 1 has no label"),
         ({"1.png": b"", "1.cls": b"3"}, "has labels from 3 to 3 for 2 classes"),
         ({"1.png": b"", "1.cls": b"-1"}, "has labels from -1 to -1 for 2 classes"),
         ({"1.png": b"", "1.cls": b"owl"}, "has the class 'owl', which is none of its 2 class names"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from detecting import BACKBONE, BACKBONE_ARGS, detector, detector_config, scene
 from safetensors.torch import load_file, save_file
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from epsanet.network.detector_config import Architecture, DetectorConfig
 from epsanet.network.detector_start import start_detector_from
@@ -117,6 +118,27 @@ def test_masks_are_true_where_the_probability_is_above_a_half() -> None:
         inside = mask[round(y0) : round(y1), round(x0) : round(x1)]
         assert mask.sum() == pytest.approx((x1 - x0) * (y1 - y0), rel=0.3)
         assert inside.float().mean() > 0.85
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_image_is_seen_alone_whatever_is_in_its_batch(architecture: Architecture) -> None:
+    """Padded to another's size, the averages of the attention would be those of image and padding; to the last bit."""
+    model = detector(architecture, score_thresh=0.0).eval()
+    images = [scene(0)[0], torch.rand(3, 40, 90), scene(1)[0], torch.rand(3, 96, 30), torch.rand(3, 40, 90)]
+    with torch.no_grad():
+        together = model(images)
+        for image, found in zip(images, together, strict=True):
+            (alone,) = model([image])
+            assert len(alone["scores"]) > 0
+            assert all(torch.equal(found[key], alone[key]) for key in alone)
+            (by_torchvision,) = model.network([image])
+            assert torch.equal(found["scores"], by_torchvision["scores"])
+            if "masks" in found:
+                drawn = paste_masks_in_image(
+                    by_torchvision["masks"].probabilities_D1MM, found["boxes"], tuple(image.shape[-2:])
+                )
+                assert torch.equal(found["masks"], drawn[:, 0] > 0.5)
+                assert found["masks"].any()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
+from epsanet.cli import main
 from epsanet.network.weights import (
     convert,
     create_model,
@@ -645,7 +646,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("culprit", ["save_file", "save_config_for_hf"])
+@pytest.mark.parametrize("culprit", ["save", "save_config_for_hf"])
 def test_an_error_while_saving_leaves_the_old_folder_and_no_remains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, culprit: str
 ) -> None:
@@ -661,6 +662,28 @@ def test_an_error_while_saving_leaves_the_old_folder_and_no_remains(
         save_model(folder, tiny(), NAMES, card="new")
     assert content_of(folder) == before
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for a part of a model."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting needs root: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_without_room_for_a_model_is_one_line_and_keeps_nothing_of_it(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = small_disk / "model"
+    assert main(["convert", "epsanet14_tiny.digits", str(folder)]) == 2
+    assert capsys.readouterr().err == f"epsanet: [Errno 28] No space left on device: '{folder}'\n"
+    assert list(small_disk.iterdir()) == []
 
 
 def test_saving_again_replaces_the_whole_folder(tmp_path: Path) -> None:

@@ -11,13 +11,20 @@ from typing import Any
 import pytest
 import torch
 from forking import Forks
-from making import class_folders
+from making import class_folders, one_pixel
+from matplotlib.figure import Figure
 from tasks_reading import CLASSES
 
 from epsanet.data.config import DataConfig
 from epsanet.tasks.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from epsanet.tasks.scores import Score
 from epsanet.tasks.train import TrainResult, train
+
+
+@pytest.fixture(autouse=True)
+def _pictures_of_one_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test draws itself; the runs of fixtures that it shares with others are there before, and really drawn."""
+    monkeypatch.setattr(Figure, "savefig", one_pixel)
 
 
 @pytest.fixture(scope="session")

@@ -98,18 +98,23 @@ class Forks:
 
 
 def _serve() -> None:
+    import jsonargparse
     import lightning
-    import matplotlib.pyplot as plt
     import torch
+    import torch.utils.tensorboard
+    from matplotlib.figure import Figure
 
     import epsanet.cli
+    import epsanet.tasks.detection.run
     import epsanet.tasks.evaluate
     import epsanet.tasks.train
 
-    del lightning
+    sys.path.append(str(Path(__file__).parents[1]))
+    from making import one_pixel
+
+    del jsonargparse, lightning
     torch.set_num_threads(1)
-    plt.figure().savefig(os.devnull, format="png")  # fonts
-    plt.close("all")
+    Figure.savefig = one_pixel  # type: ignore[assignment, method-assign]
     for line in sys.stdin:
         request = json.loads(line)
         children = [_fork(process, epsanet.cli.main) for process in request["processes"]]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tasks_reading import CLASSES, same_state
@@ -27,6 +28,7 @@ from epsanet.tasks.callbacks import History
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from epsanet.tasks.launch import Processes
+from epsanet.tasks.resume import as_begun
 from epsanet.tasks.run import prepare
 from epsanet.tasks.train import TrainingInterrupted, train
 
@@ -93,7 +95,13 @@ def test_a_finetuned_run_freezes_unfreezes_and_resumes_without_its_source(
         seen.append({name: tensor.clone() for name, tensor in module.model.state_dict().items()})
         end(self, trainer, module)
 
-    changes = {"init_from": str(source), "freeze_epochs": 2, "optimizer__layer_decay": 0.5, "model": "auto"}
+    changes: dict[str, Any] = {
+        "init_from": str(source),
+        "freeze_epochs": 2,
+        "optimizer__layer_decay": 0.5,
+        "model": "auto",
+        "data__input_size": None,
+    }
     with monkeypatch.context() as patch:
         patch.setattr(History, "on_train_epoch_end", on_train_epoch_end)
         whole = train(small(tmp_path / "whole", **changes)).run
@@ -107,15 +115,32 @@ def test_a_finetuned_run_freezes_unfreezes_and_resumes_without_its_source(
     assert "trained from the weights of" in (whole / "model" / "README.md").read_text()
     assert str(tmp_path) not in (whole / "model" / "README.md").read_text()
 
+    run = tmp_path / "run"
     for step in (7, 11):  # frozen, and after
-        config = small(tmp_path / "run", **changes) if step == 7 else None
         with monkeypatch.context() as patch:
             stop_after(patch, step)
             with pytest.raises(TrainingInterrupted):
-                train(config, resume=None if config else tmp_path / "run")
+                train(small(run, **changes), resume="auto")
         shutil.rmtree(source, ignore_errors=True)
-    train(resume=tmp_path / "run")
-    same_run(tmp_path / "run", whole)
+    begun = (run / "config.yaml").read_text()
+    train(resume=run)
+    same_run(run, whole)
+    assert begun.replace(str(run), str(whole)) == (whole / "config.yaml").read_text()
+
+
+def test_what_a_run_that_goes_on_leaves_out_is_as_it_began(small: Small, tmp_path: Path) -> None:
+    def asked(**changes: Any) -> TrainConfig:
+        return small(tmp_path, init_from="nowhere", **changes)
+
+    begun = asked(model_args={"drop_path_rate": 0.1}, data__input_size=12, data__mean=(0.1, 0.2, 0.3), data__crop_pct=1)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(begun)))
+    left_out: dict[str, Any] = {"data__input_size": None, "schedule__epochs": 9}
+    assert as_begun(asked(model="auto", **left_out), tmp_path) == dataclasses.replace(
+        begun, schedule=ScheduleConfig(epochs=9)
+    )
+    named = as_begun(asked(data__crop_pct=0.5, **left_out), tmp_path)
+    assert (named.model_args, named.data.crop_pct) == ({}, 0.5), "what was asked for goes before"
+    assert (named.data.input_size, named.data.mean) == (12, (0.1, 0.2, 0.3))
 
 
 def test_each_layer_learns_at_the_rate_of_its_depth(small: Small, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -113,55 +112,62 @@ def test_what_is_written_is_not_done_again_and_the_bytes_are_the_same(
     assert list(tmp_path.iterdir()) == [output]
 
 
-DRIVER = """
+PREDICT = """
 import os, signal, sys
 from epsanet.tasks import parquet, predict
 parquet.PARQUET_ROWS = 8
-point, output, *images = sys.argv[1:]
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-if point.isdigit():  # while so many-th image is read
-    original, count = predict._Files.__getitem__, [0]
-    def item(self, position):
-        count[0] += 1
-        return die() if count[0] == int(point) else original(self, position)
-    predict._Files.__getitem__ = item
-elif point == "merging":
-    import pyarrow.parquet
-    original = pyarrow.parquet.read_table
-    pyarrow.parquet.read_table = lambda path, **options: die() if "0003" in str(path) else original(path, **options)
-elif point == "merged":
-    parquet.shutil.rmtree = die
-result = parquet.predict_to_parquet("epsanet14_tiny.digits", images, output, topk=3, batch_size=5, device="cpu")
-print(result)
+output, *images = sys.argv[1:]
+def run(path):
+    print(parquet.predict_to_parquet("epsanet14_tiny.digits", images, path, topk=3, batch_size=5, device="cpu"))
 """
 
+TORCHRUN = PREDICT + "run(output)"
 
-def start(point: str, output: Path, images: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, point, str(output), *images],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+KILLED = (
+    PREDICT
+    + """
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+def arm(point):
+    if point.isdigit():  # while so many-th image is read
+        original, count = predict._Files.__getitem__, [0]
+        def item(self, position):
+            count[0] += 1
+            return die() if count[0] == int(point) else original(self, position)
+        predict._Files.__getitem__ = item
+    elif point == "merging":
+        import pyarrow.parquet
+        original = pyarrow.parquet.read_table
+        pyarrow.parquet.read_table = lambda path, **options: die() if "0003" in str(path) else original(path, **options)
+    elif point == "merged":
+        parquet.shutil.rmtree = die
+for point in ("4", "20", "merging", "merged"):
+    child = os.fork()
+    if not child:
+        arm(point)
+        run(f"{output}/{point}/x.parquet")
+        sys.exit()
+    print(point, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+)
 
 
 def test_killed_processes_leave_parts_from_which_the_others_make_the_same_bytes(
     images: list[str], whole: bytes, tmp_path: Path
 ) -> None:
-    """SIGKILL at four points: in a part, in another part, while merging, after merging; all at once, then resumed."""
+    """SIGKILL at four points: in a part, in another part, while merging, after merging; each then resumed."""
     points = {"4": 0, "20": 2, "merging": 5, "merged": 0}
-    processes = {point: start(point, tmp_path / point / "x.parquet", images) for point in points}
-    for point, process in processes.items():
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == -signal.SIGKILL, errors
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path, *images], capture_output=True, text=True, timeout=250
+    )
+    assert killed.stdout.splitlines() == [f"{point} {-signal.SIGKILL}" for point in points], killed.stderr
+    for point, parts in points.items():
         output = tmp_path / point / "x.parquet"
         assert output.exists() == (point == "merged")
         if point != "merged":
-            assert len(list(output.parent.glob("x.parquet.parts/0*.parquet"))) == points[point]
+            assert len(list(output.parent.glob("x.parquet.parts/0*.parquet"))) == parts
         result = predict_to_parquet(MODEL, images, output, **OPTIONS)
-        resumed = 38 if point in ("merging", "merged") else 8 * points[point]
+        resumed = 38 if point in ("merging", "merged") else 8 * parts
         assert result == ParquetResult(rows=38, errors=2, resumed=resumed)
         assert output.read_bytes() == whole
         assert [path.name for path in output.parent.iterdir() if not path.name.startswith(".")] == ["x.parquet"]
@@ -169,10 +175,10 @@ def test_killed_processes_leave_parts_from_which_the_others_make_the_same_bytes(
 
 def test_two_processes_of_torchrun_write_what_one_writes(images: list[str], whole: bytes, tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
-    script.write_text(DRIVER)
+    script.write_text(TORCHRUN)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launcher, script, "never", tmp_path / "x.parquet", *images],
+        [*launcher, script, tmp_path / "x.parquet", *images],
         capture_output=True,
         text=True,
         timeout=250,

@@ -80,22 +80,20 @@ def hub() -> Iterator[Any]:
     server.server_close()
 
 
-def command(hub: Any, home: Path, *words: str, token: str = "hf_secret") -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the address of the Hub is read when its library is imported."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home)}
-    environment |= {"HF_TOKEN": token} if token else {}
-    return subprocess.run(
-        [sys.executable, "-m", "epsanet", "publish", *words],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-    )
+def environment(hub: Any, home: Path) -> dict[str, str]:
+    """For a process of its own: the address of the Hub is read when its library is imported."""
+    others = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    return others | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home)}
 
 
 def test_the_hub_gets_the_folder_as_it_is(hub: Any, tmp_path: Path) -> None:
-    done = command(hub, tmp_path, MODEL, "me/digits", "--private")
+    done = subprocess.run(
+        [sys.executable, "-m", "epsanet", "publish", MODEL, "me/digits", "--private"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment(hub, tmp_path) | {"HF_TOKEN": "hf_secret"},
+    )
     assert done.returncode == 0, done.stderr
     assert "http://127.0.0.1/me/digits/commit/5" in done.stdout
     posted = {path: (token, body) for path, token, body in hub.requests}
@@ -119,23 +117,46 @@ def test_the_hub_gets_the_folder_as_it_is(hub: Any, tmp_path: Path) -> None:
     assert back.pretrained_cfg["label_names"] == list("0123456789")
 
 
-def test_a_refusal_a_lacking_token_and_a_lost_hub_are_one_line(hub: Any, tmp_path: Path) -> None:
-    hub.refuses = True
-    refused = command(hub, tmp_path, MODEL, "me/digits")
-    hub.refuses, before = False, len(hub.requests)
-    lacking = command(hub, tmp_path, MODEL, "me/digits", token="")
-    assert len(hub.requests) == before, "the Hub was asked without a token"
-    hub.server_port = 9  # where nobody listens
-    lost = command(hub, tmp_path, MODEL, "me/digits")
-    for done, part in (
-        (refused, "me/digits could not be uploaded: "),
+CHILD = """
+import contextlib, io, json, os, sys
+from epsanet.cli import main
+for line in sys.stdin:
+    if token := line.strip():
+        os.environ["HF_TOKEN"] = token
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        code = main(sys.argv[1:])
+    print(json.dumps([code, output.getvalue(), errors.getvalue()]), flush=True)
+"""
+
+
+def test_a_lacking_token_a_refusal_and_a_lost_hub_are_one_line(hub: Any, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", CHILD, "publish", MODEL, "me/digits"]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(hub, tmp_path)
+    ) as child:
+
+        def published(token: str) -> Any:
+            print(token, file=child.stdin, flush=True)
+            return json.loads(child.stdout.readline())  # type: ignore[union-attr]
+
+        lacking = published("")
+        assert hub.requests == [], "the Hub was asked without a token"
+        hub.refuses = True
+        refused = published("hf_secret")
+        assert [token for _, token, _ in hub.requests] == ["Bearer hf_secret"]
+        hub.shutdown()
+        hub.server_close()
+        lost = published("hf_secret")
+    for (code, output, errors), part in (
         (lacking, "there is no Hugging Face token here; run hf auth login"),
+        (refused, "me/digits could not be uploaded: "),
         (lost, "me/digits could not be uploaded: "),
     ):
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.startswith(f"epsanet: {part}")
-        assert done.stderr.count("\n") == 1
-        assert done.stdout == ""
+        assert code == 2, errors
+        assert errors.startswith(f"epsanet: {part}")
+        assert errors.count("\n") == 1
+        assert output == ""
 
 
 def test_a_dry_run_lists_everything_and_asks_nobody(

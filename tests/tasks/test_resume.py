@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -23,7 +24,8 @@ from safetensors.torch import load_file
 from tasks_reading import same_state
 from test_train import checkpoint, metrics
 
-from epsanet.tasks.checkpoints import AtomicCheckpointIO
+from epsanet.tasks.callbacks import RandomStates
+from epsanet.tasks.checkpoints import AtomicCheckpointIO, read
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.scores import Score
@@ -46,6 +48,11 @@ def same_run(found: Path, wanted: Path) -> None:
     same_state(load_file(found / "model" / "model.safetensors"), load_file(wanted / "model" / "model.safetensors"))
     rows = [[{**row, "data_wait": 0, "seconds": 0} for row in metrics(run)] for run in (found, wanted)]
     assert rows[0] == rows[1]
+
+
+def finished_copy(trained: Any, folder: Path) -> Path:
+    shutil.copytree(trained.result.run, folder)
+    return folder
 
 
 def stop_after(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
@@ -126,19 +133,112 @@ def test_a_run_that_goes_on_with_fewer_or_more_epochs_has_their_schedule(
         ({"optimizer__opt": "adamw"}, r"was trained with optimizer\.opt=sgd, not adamw; .*another --output"),
         ({"optimizer__weight_decay": 0.5}, r"was trained with optimizer\.weight_decay=0\.0001, not 0\.5"),
         ({"optimizer__opt_args": {"foreach": True}}, r"with optimizer\.opt_args=None, not \{'foreach': True\}"),
+        ({"accumulate_grad_batches": 2}, r"was trained with accumulate_grad_batches=1, not 2"),
+        ({"ema_decay": 0.9}, r"was trained with ema_decay=None, not 0\.9"),
+        ({"seed": 43}, r"was trained with seed=42, not 43"),
+        ({"data__aug_repeats": 2}, r"was trained with data\.aug_repeats=1, not 2"),
+        ({"schedule__epochs": 2}, r"has 3 epochs behind it, and schedule\.epochs=2 is fewer; use 3 or more"),
     ],
 )
-def test_another_network_or_optimiser_cannot_go_on_and_leaves_the_run_as_it_is(
+def test_another_run_cannot_go_on_and_leaves_the_run_as_it_is(
     changes: dict[str, Any], message: str, trained: Any, small: Small, tmp_path: Path
 ) -> None:
     """What its checkpoint holds would not fit, or would silently be used instead of the flag."""
-    run = tmp_path / "run"
-    shutil.copytree(trained.result.run, run)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    run = finished_copy(trained, tmp_path / "run")
+    before = contents(run)
     with pytest.raises(ValueError, match=message) as raised:
-        train(small(run, schedule__epochs=4, **changes), resume=run)
+        train(small(run, **{"schedule__epochs": 4, **changes}), resume=run)
     assert "\n" not in str(raised.value)
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_other_classes_cannot_go_on(trained: Any, small: Small, pictures: Path, tmp_path: Path) -> None:
+    run, data = finished_copy(trained, tmp_path / "run"), tmp_path / "pictures"
+    shutil.copytree(pictures, data)
+    for folder in data.glob("*/ant"):
+        folder.rename(folder.with_name("zebra"))
+    before = contents(run)
+    config = small(run, data__source=str(data), schedule__epochs=4)
+    with pytest.raises(ValueError, match=r"was trained with 'ant' as class 0, not 'bee'; go on with the same, or"):
+        train(config, resume=run)
+    shutil.copytree(data / "train" / "zebra", data / "train" / "ant")
+    with pytest.raises(ValueError, match=r"was trained with 3 classes, not 4"):
+        train(config, resume=run)
+    assert contents(run) == before
+
+
+def test_an_epoch_does_not_go_on_with_another_number_of_images_but_the_next_begins(
+    trained: Any, small: Small, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = tmp_path / "run", tmp_path / "pictures"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        with pytest.raises(TrainingInterrupted):
+            train(small(run))
+    shutil.copytree(pictures, data)
+    (data / "train" / "ant" / "001.png").unlink()
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"stopped within an epoch of 44 training images, and here are 43") as raised:
+        train(small(run, data__source=str(data)), resume=run)
+    assert "\n" not in str(raised.value)
+    assert contents(run) == before
+    finished = finished_copy(trained, tmp_path / "finished")
+    train(small(finished, data__source=str(data), schedule__epochs=4), resume=finished)
+    assert [row["step"] for row in metrics(finished)] == [5, 10, 15, 20]
+
+
+def test_a_checkpoint_that_notes_only_the_optimiser_goes_on(trained: Any, small: Small, tmp_path: Path) -> None:
+    run = finished_copy(trained, tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    content = read(last)
+    noted = {name: content.pop(name) for name in ("settings", "class_names", "train_images")}
+    content["optimizer"] = {key: value for key, value in noted["settings"].items() if key.startswith("optimizer.")}
+    content["callbacks"]["RandomStates"]["processes"][0]["cuda"] = []
+    AtomicCheckpointIO().save_checkpoint(content, last)
+    with pytest.raises(ValueError, match=r"was trained with optimizer\.momentum=0\.9, not 0\.8"):
+        train(small(run, schedule__epochs=4, optimizer__momentum=0.8), resume=run)
+    train(small(run, schedule__epochs=4, seed=43), resume=run)
+    assert len(metrics(run)) == 4
+
+
+def test_the_generator_of_a_gpu_goes_on_whatever_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the generators of the GPUs, by their numbers; asking for one that is not there fails."""
+    gpus: dict[int | None, torch.Tensor] = {}
+
+    def set_rng_state(state: torch.Tensor, device: torch.device) -> None:
+        assert device.index in gpus
+        gpus[device.index] = state
+
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: gpus[device.index])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_rng_state)
+
+    def begun(device: str, states: dict[str, Any] | None = None) -> RandomStates:
+        callback, root = RandomStates(), torch.device(device)
+        if states is not None:
+            callback.load_state_dict(states)
+        trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=root))
+        callback.on_train_start(trainer, None)  # type: ignore[arg-type]
+        return callback
+
+    first, second, third = (torch.tensor([number], dtype=torch.uint8) for number in range(3))
+    gpus.update({0: first, 1: second})
+    saved = begun("cuda:1").state_dict()
+    gpus.clear()
+    gpus[0] = third
+    begun("cuda:0", saved)
+    assert gpus == {0: second}
+    of_all = {"processes": [{**saved["processes"][0], "cuda": [first, second]}]}
+    begun("cuda:0", of_all)
+    assert gpus == {0: first}
+    gpus[2] = third
+    begun("cuda:2", of_all)
+    begun("cpu", of_all)
+    begun("cuda:0", begun("cpu").state_dict())
+    assert gpus == {0: first, 2: third}
 
 
 @pytest.fixture
@@ -173,10 +273,7 @@ def test_the_best_score_outlives_the_stop(
 
 
 def test_a_finished_run_that_is_resumed_trains_no_further(trained: Any, tmp_path: Path) -> None:
-    import shutil
-
-    run = tmp_path / "run"
-    shutil.copytree(trained.result.run, run)
+    run = finished_copy(trained, tmp_path / "run")
     shutil.rmtree(run / "model")
     before = checkpoint(run)["state_dict"]
     result = train(resume=run)
@@ -204,13 +301,6 @@ def test_the_best_score_goes_along_when_a_run_folder_is_moved(
 
 
 # What cannot be resumed
-
-
-def finished_copy(trained: Any, folder: Path) -> Path:
-    import shutil
-
-    shutil.copytree(trained.result.run, folder)
-    return folder
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "words", "other"])

@@ -37,7 +37,8 @@ from epsanet.network.weights import create_model, load_model
 from epsanet.tasks import callbacks
 from epsanet.tasks.card import data_name, optimisation
 from epsanet.tasks.classification import Classifier
-from epsanet.tasks.config import OptimizerConfig, TrainConfig, load_recipe
+from epsanet.tasks.config import OptimizerConfig, ScheduleConfig, TrainConfig, load_recipe
+from epsanet.tasks.module import DivergedError
 from epsanet.tasks.report import data_advice
 from epsanet.tasks.scores import Score
 from epsanet.tasks.train import train
@@ -340,8 +341,9 @@ def cosine(step: int, steps: int) -> float:
             {"schedule__sched": "multistep", "schedule__decay_milestones": [1, 3], "schedule__decay_rate": 0.5},
             lambda t: 0.02 * 0.5 ** ((t >= 4) + (t >= 14)),  # timm's milestones are a step early, and say so
         ),
+        ({"schedule__sched": "poly", "schedule__decay_rate": 2.0}, lambda t: 0.02 * (1 - t / 20) ** 2),
     ],
-    ids=["cosine", "warm-up", "step", "multistep"],
+    ids=["cosine", "warm-up", "step", "multistep", "poly"],
 )
 def test_the_learning_rate_of_each_step_follows_the_formula(
     changes: dict[str, Any], rate: Callable[[int], float], small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -359,6 +361,13 @@ def test_the_learning_rate_of_each_step_follows_the_formula(
     assert [row["lr"] for row in metrics(run.run)] == pytest.approx(
         [rate(t) for t in (5, 10, 15, 20)], rel=1e-9, abs=1e-12
     )
+
+
+@pytest.mark.parametrize("decay_epochs", [0, -1])
+def test_steps_of_no_length_are_refused(decay_epochs: int) -> None:
+    with pytest.raises(ValueError, match=rf"schedule\.decay_epochs={decay_epochs} is impossible; use 1 or more"):
+        ScheduleConfig(sched="step", decay_epochs=decay_epochs)
+    assert ScheduleConfig(decay_epochs=decay_epochs).sched == "cosine", "which does not look at it"
 
 
 def test_arguments_of_the_network_and_of_psa_reach_it_and_its_model_folder(small: Small, tmp_path: Path) -> None:
@@ -461,6 +470,10 @@ def test_raise_stops_at_a_damaged_image_before_anything_is_written(small: Small,
         ({"optimizer__opt": "sdg"}, r"optimizer\.opt='sdg'"),
         ({"optimizer__opt_args": {"beta": 1}}, r"opt='sgd' with opt_args=\{'beta': 1\} cannot .* unexpected .* 'beta'"),
         ({"data__auto_augment": "rnd-m9"}, "auto_augment|rnd"),
+        (
+            {"data__mixup": 0.2, "data__batch_size": 64, "data__train_fraction": 1 / 3},
+            r"pair the images of a batch, and one of \S+ has 15; use an even --data\.batch_size below that, or leave",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(
@@ -469,6 +482,26 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message) as raised:
         train(small(tmp_path / "run", **changes))
     assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_do_not_suffice_are_refused_before_anything_is_written(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from making import parquet
+
+    for split in ("train", "validation"):
+        parquet(tmp_path / "data" / f"{split}.parquet", [0, 1] * 3, names=["even", "odd"])
+    streamed = {"data__source": str(tmp_path / "data"), "data__streaming": True, "data__batch_size": 4}
+    with pytest.raises(ValueError, match=r"data\.aug_repeats is for data sets that are not streamed"):
+        train(small(tmp_path / "run", **streamed, data__aug_repeats=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(loaders, "world_size", lambda: 2)
+        with pytest.raises(ValueError, match=r"has fewer images than one batch; lower --data\.batch_size"):
+            train(small(tmp_path / "run", **streamed))
+        patch.setattr(loaders, "world_size", lambda: 45)
+        with pytest.raises(ValueError, match=r"has 44 images to train on for 45 processes"):
+            train(small(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -500,6 +533,19 @@ def test_a_damaged_image_met_in_training_does_not_end_the_run(small: Small, pict
     victim.write_bytes(victim.read_bytes()[:-60])
     result = train(small(tmp_path / "run", data__source=str(copy), data__check="headers", schedule__epochs=2))
     assert [row["step"] for row in metrics(result.run)] == [5, 10]
+
+
+def test_a_run_that_diverges_lists_names_that_are_not_utf8(small: Small, pictures: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(pictures, tmp_path / "pictures")
+    image = tmp_path / "pictures" / "train" / "ant" / "000.png"
+    image.rename(os.fsdecode(bytes(image.with_name("caf")) + b"\xe9.png"))
+    changes = {"data__source": str(tmp_path / "pictures"), "data__batch_size": 44, "optimizer__lr": 1e30}
+    with pytest.raises(DivergedError, match=r"the 44 images of its batch are listed in"):
+        train(small(tmp_path / "run", **changes))
+    listed = (tmp_path / "run" / "diverged.txt").read_text(encoding="utf-8").splitlines()
+    assert [name for name in listed if name.endswith(r"ant/caf\xe9.png")]
 
 
 def test_source_of_the_fixture_is_what_the_tests_say(pictures: Path) -> None:

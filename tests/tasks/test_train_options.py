@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 import random
 import re
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def test_a_run_with_everything_that_is_stopped_goes_on_as_if_it_had_not_been(
     lr = [0.01 * (1 + math.cos(math.pi * step / 9)) for step in (3, 6, 9)]
     assert [row["lr"] for row in metrics(whole)] == pytest.approx(lr)
     run = tmp_path / "run"
-    for step, saved in ((0, 1), (4, 5)):
+    for step, saved in ((0, 1), (3, 4), (4, 5)):
         with monkeypatch.context() as patch:
             stop_after(patch, step)
             with pytest.raises(TrainingInterrupted):
@@ -103,7 +104,7 @@ def test_compiling_changes_no_name_of_a_weight(
 
     def compile(self: nn.Module) -> None:
         calls.append(type(self).__name__)
-        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager", dynamic=False)
+        self._compiled_call_impl = self._call_impl  # the compiler knows nothing of names
 
     monkeypatch.setattr(nn.Module, "compile", compile)
     run = train(small(tmp_path / "run", compile=True, schedule__epochs=1, ema_decay=0.5)).run
@@ -147,20 +148,20 @@ def test_cutmix_pastes_a_piece_and_its_share_of_the_label() -> None:
 
 
 def test_what_is_mixed_depends_on_seed_epoch_batch_and_process_and_disturbs_no_generator() -> None:
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist()
+
     images, labels = torch.rand(4, 3, 4, 4), torch.tensor([0, 1, 2, 3])
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index, union-attr]
+    before = states()
     shares = {
         key: float(mixer(seed=key[0], mixup=1.0)(images, labels, epoch=key[1], batch=key[2], process=key[3])[1][0, 0])
         for key in ((3, 0, 0, 0), (4, 0, 0, 0), (3, 1, 0, 0), (3, 0, 1, 0), (3, 0, 0, 1))
     }
+    assert states() == before
     np.random.rand(5)
     again = float(mixer(mixup=1.0)(images, labels, epoch=0, batch=0)[1][0, 0])
     assert again == shares[3, 0, 0, 0]
     assert len(set(shares.values())) == 5
-    random.seed(0)
-    assert states[0] != random.getstate()
-    random.setstate(states[0])
-    assert torch.equal(states[2], torch.get_rng_state())
 
 
 def test_an_odd_batch_cannot_be_mixed() -> None:

@@ -30,7 +30,7 @@ that has commands of its own adds them in ``add_parts``, which returns the parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for the user's mistakes, 130 after Ctrl-C.
+    """Run a command; the exit code is 0, 2 for the user's mistakes, 130 after Ctrl-C, and SIGTERM to train or evaluate.
 
     Args:
         arguments: of the command line, without the program's name.

@@ -70,6 +70,9 @@ def _evaluate_detector(values: dict[str, Any], *, as_json: bool) -> int:
     from epsanet.tasks.console import console
     from epsanet.tasks.detection.evaluate import evaluate_detector
 
+    for name in ("input_size", "crop_pct", "interpolation", "mean", "std"):
+        if getattr(values["data"], name) is not None:
+            raise ValueError(f"--data.{name} is for classifiers; a detector has its own preprocessing, leave it out")
     result = evaluate_detector(values.pop("model"), values.pop("data"), **values)
     if rank() > 0:
         return 0

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from epsanet._processes import cores
 from epsanet.data.check import look_at
@@ -38,6 +39,8 @@ _TOLERANCE = 1.0
 """Annotators' tools round: a box may reach so many pixels out of its image without being called wrong."""
 _FARTHEST = 4
 """A polygon may reach so many times the longer side of its image out of it."""
+_LEAST_SIDE = 0.01
+"""Boxes that are narrower in pixels have no area left in float32, when their image is scaled."""
 _LARGEST = 1e9
 """Numbers from this on are no pixels."""
 
@@ -58,18 +61,16 @@ class CocoSamples(DetectionSamples):
         content = _read_json(file)
         self.file, self.folder = file, folder
         self.problems: dict[str, list[str]] = {}
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.images: list[dict[str, Any]] = self._unique(content["images"], "image")
-        categories = self._unique(categories, "category")
+        self.images = self._unambiguous(content, "images", "image", "file_name")
+        categories = self._unambiguous(content, "categories", "category", "name")
+        categories.sort(key=lambda category: category["id"])
         names = [str(category["name"]) for category in categories]
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise ValueError(f"{file} names a category twice: {', '.join(twice)}; give each its own name")
         self._categories = {category["id"]: name for category, name in zip(categories, names, strict=True)}
-        self._unique(content["annotations"], "annotation", drop=False)
         self._annotations: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in self.images}
-        for annotation in content["annotations"]:
-            self._add(annotation)
+        self._add(content["annotations"])
         self.class_names = names if class_names is None else class_names
         used = [name for name in names if class_names is None or name in class_names or self._counts()[name]]
         try:
@@ -80,26 +81,54 @@ class CocoSamples(DetectionSamples):
         self._category_ids = {
             self._labels[name]: number for number, name in self._categories.items() if name in self._labels
         }
+        for entries in self._annotations.values():
+            entries[:] = [entry for entry in entries if self._has_label(entry)]
 
-    def _unique(self, entries: list[dict[str, Any]], kind: str, *, drop: bool = True) -> list[dict[str, Any]]:
-        seen: dict[Any, dict[str, Any]] = {}
-        for entry in entries:
-            if entry["id"] in seen:
-                self.found(f"duplicate {kind} ids", f"{kind} {entry['id']}")
-            elif drop:
-                seen[entry["id"]] = entry
+    def _unambiguous(self, content: dict[str, Any], key: str, kind: str, naming: str) -> list[dict[str, Any]]:
+        """The entries, one an id; none of an id that several have, as after merging files that both count from 1.
+
+        Whose the annotations of such an id are cannot be told, and they are taken out too.
+        """
+        entries: dict[Any, list[dict[str, Any]]] = {}
+        for entry in content[key]:
+            entries.setdefault(entry["id"], []).append(entry)
+        annotations: list[dict[str, Any]] = content["annotations"]
+        counts = Counter(annotation[f"{kind}_id"] for annotation in annotations)
+        ambiguous = set()
+        for number, group in entries.items():
+            names = list(dict.fromkeys(str(entry[naming]) for entry in group))
+            if len(names) > 1:
+                ambiguous.add(number)
+                shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+                problem = f"{kind} ids of several {key}, left out with their annotations"
+                self.found(problem, f"{kind} {number} ({shown}; {counts[number]:,} annotations)")
+            elif len(group) > 1:
+                self.found(f"duplicate {kind} ids", f"{kind} {number}")
+        content["annotations"] = [one for one in annotations if one[f"{kind}_id"] not in ambiguous]
+        return [group[0] for number, group in entries.items() if number not in ambiguous]
+
+    def _add(self, annotations: list[dict[str, Any]]) -> None:
+        seen: dict[Any, list[dict[str, Any]]] = {}
+        for annotation in annotations:
+            title = f"annotation {annotation['id']}"
+            others = seen.setdefault(annotation["id"], [])
+            if others:
+                self.found("duplicate annotation ids", title)
+            if annotation in others:
+                continue
+            others.append(annotation)
+            if annotation["image_id"] not in self._annotations:
+                self.found("annotations of unknown images", f"{title} of image {annotation['image_id']}")
+            elif annotation["category_id"] not in self._categories:
+                self.found("annotations of unknown categories", f"{title} of category {annotation['category_id']}")
             else:
-                seen[entry["id"]] = {}
-        return list(seen.values())
+                self._annotations[annotation["image_id"]].append(annotation)
 
-    def _add(self, annotation: dict[str, Any]) -> None:
-        title = f"annotation {annotation['id']}"
-        if annotation["image_id"] not in self._annotations:
-            self.found("annotations of unknown images", f"{title} of image {annotation['image_id']}")
-        elif annotation["category_id"] not in self._categories:
-            self.found("annotations of unknown categories", f"{title} of category {annotation['category_id']}")
-        else:
-            self._annotations[annotation["image_id"]].append(annotation)
+    def _has_label(self, annotation: dict[str, Any]) -> bool:
+        name = self._categories[annotation["category_id"]]
+        if name not in self._labels:  # other objects of such a class have been refused
+            self.found("crowd regions of unknown classes", f"annotation {annotation['id']} ({name})")
+        return name in self._labels
 
     def found(self, kind: str, name: str) -> None:
         """Note something wrong."""
@@ -118,8 +147,9 @@ class CocoSamples(DetectionSamples):
 
     @property
     def has_masks(self) -> bool:  # type: ignore[override]
-        """Whether every object has a segmentation."""
-        return all(entry.get("segmentation") for entries in self._annotations.values() for entry in entries)
+        """Whether any object has a segmentation; where masks are used, objects without one are left out."""
+        objects = [entry for entries in self._annotations.values() for entry in entries]
+        return any(entry.get("segmentation") for entry in objects) or not objects
 
     def path(self, position: int) -> Path:
         """File of an image."""
@@ -149,14 +179,10 @@ class CocoSamples(DetectionSamples):
     def objects(self, position: int, height: int, width: int, *, masks: bool) -> Objects:
         """Boxes, labels and masks of an image, boxes cut at its border."""
         entries = self.annotations(position)
-        boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
-        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
         decoded = [read_rle(entry["segmentation"], height, width) for entry in entries] if masks else []
         shape = (0, height, width)
         return Objects(
-            boxes=boxes.float(),
+            boxes=_corners([entry["bbox"] for entry in entries], height, width),
             labels=torch.tensor(
                 [self._labels[self._categories[entry["category_id"]]] for entry in entries], dtype=torch.int64
             ),
@@ -208,7 +234,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     for key, fields in _FIELDS.items():
         entries = content.get(key) if isinstance(content, dict) else None
@@ -226,6 +252,15 @@ def _read_json(file: Path) -> dict[str, Any]:
                     f"{file} is no COCO JSON: an entry of {key!r} has {wrong[0]!r} of a wrong type: {str(entry)[:80]}"
                 )
     return content
+
+
+def _corners(boxes: list[list[float]], height: int, width: int) -> Tensor:
+    """Boxes ``x, y, width, height`` as ``x0, y0, x1, y1``, cut at the image's border; float32, shape ``K, 4``."""
+    corners = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    corners[:, 0::2] = corners[:, 0::2].clamp(0, width)
+    corners[:, 1::2] = corners[:, 1::2].clamp(0, height)
+    return corners.float()
 
 
 def _area(annotation: dict[str, Any]) -> float:
@@ -337,12 +372,18 @@ def check_coco(
                 sizes.append(size)
                 samples.keep_annotations(position, _good_annotations(samples, position, size, masks=masks))
     if samples.problems and config.on_bad_image == "raise":
-        first = "; ".join(f"{len(names):,} {kind} ({names[0]})" for kind, names in samples.problems.items())
-        raise ValueError(f"{samples.file}: {first}; mend them, or use --data.on_bad_image=skip")
+        text = f"{samples.file}: {_shown(samples.problems)}"
+        raise ValueError(f"{text}; mend them, or use --data.on_bad_image=skip")
     if not kept:
-        raise ValueError(f"the {title} split has no usable image; {samples.file} names images in {samples.folder}")
+        text = f"the {title} split has no usable image; {samples.file} names images in {samples.folder}"
+        raise ValueError(f"{text}{': ' if samples.problems else ''}{_shown(samples.problems)}")
     samples.keep(kept)
     return samples.report(title, sizes)
+
+
+def _shown(problems: dict[str, list[str]]) -> str:
+    """How many of each kind, and the first."""
+    return "; ".join(f"{len(names):,} {kind} ({names[0]})" for kind, names in problems.items())
 
 
 def _image_is_good(samples: CocoSamples, position: int, size: tuple[int, int] | str) -> bool:
@@ -350,7 +391,7 @@ def _image_is_good(samples: CocoSamples, position: int, size: tuple[int, int] | 
     if isinstance(size, str):
         samples.found("missing images" if size == "no such file" else "damaged images", f"{name} ({size})")
         return False
-    said = (image.get("width", size[0]), image.get("height", size[1]))
+    said = (image.get("width") or size[0], image.get("height") or size[1])  # some tools write null or 0
     if said != size:
         text = f"{name} ({size[0]}×{size[1]}, in the file {said[0]}×{said[1]})"
         samples.found("images of another size than the file says", text)
@@ -361,19 +402,25 @@ def _image_is_good(samples: CocoSamples, position: int, size: tuple[int, int] | 
 def _good_annotations(
     samples: CocoSamples, position: int, size: tuple[int, int], *, masks: bool
 ) -> list[dict[str, Any]]:
-    kept = []
+    file = samples.images[position]["file_name"]
+    boxed = []
     for entry in samples.annotations(position):
-        name = f"annotation {entry['id']} of {samples.images[position]['file_name']}"
         box = entry["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
-            samples.found("boxes that are not four numbers", name)
-            continue
-        x, y, width, height = box
-        if width <= 0 or height <= 0:
-            samples.found("boxes without area", name)
-            continue
-        if x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0:
+        if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)):
+            boxed.append(entry)
+        else:
+            samples.found("boxes that are not four numbers", f"annotation {entry['id']} of {file}")
+    corners = _corners([entry["bbox"] for entry in boxed], size[1], size[0])
+    sides = (corners[:, 2:] - corners[:, :2]).amin(dim=1).tolist()
+    kept = []
+    for entry, side in zip(boxed, sides, strict=True):
+        name = f"annotation {entry['id']} of {file}"
+        x, y, width, height = entry["bbox"]
+        if min(width, height) > 0 and (x >= size[0] or y >= size[1] or x + width <= 0 or y + height <= 0):
             samples.found("boxes outside the image", name)
+            continue
+        if side < _LEAST_SIDE:
+            samples.found("boxes without area", name)
             continue
         if entry.get("iscrowd") not in (0, 1, None):
             samples.found("annotations whose iscrowd is neither 0 nor 1", name)
@@ -389,11 +436,12 @@ def _good_annotations(
     return kept
 
 
-def find_coco_splits(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """JSON file and image folder of each split (train, val, test) in one of the usual layouts.
+def find_coco_splits(folder: Path, titles: Sequence[str] = ("train", "val", "test")) -> dict[str, tuple[Path, Path]]:
+    """JSON file and image folder of each split in one of the usual layouts.
 
     Args:
         folder: of the data set.
+        titles: the splits to look for.
 
     Raises:
         ValueError: when there is no such folder, or a JSON file without a folder of images.
@@ -401,7 +449,8 @@ def find_coco_splits(folder: Path) -> dict[str, tuple[Path, Path]]:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; --data takes {_WANTED}")
     found = {}
-    for title, names in (("train", TRAIN_NAMES), ("val", VAL_NAMES), ("test", TEST_NAMES)):
+    for title in titles:
+        names = _NAMES.get(title, ())
         file = next(filter(None, (_json_of(folder, name) for name in names)), None)
         if file is None:
             continue
@@ -414,24 +463,26 @@ def find_coco_splits(folder: Path) -> dict[str, tuple[Path, Path]]:
     return found
 
 
+_NAMES = {"train": TRAIN_NAMES, "val": VAL_NAMES, "test": TEST_NAMES}
 _WANTED = "digits-detection, or a folder with annotations/instances_train.json and _val.json beside train/ and val/"
 
 
 def _json_of(folder: Path, name: str) -> Path | None:
-    inside = [*sorted(folder.glob(f"{name}*/*.json"))]
+    inside = [file for file in sorted(folder.glob(f"{name}*/*.json")) if name in _words(file.parent)]
     files = [*sorted((folder / "annotations").glob("*.json")), *sorted(folder.glob("*.json"))]
-    named = [file for file in files if name in _words(file)]
+    # COCO's own image_info_test2017.json and _test-dev2017.json list images and have no annotations.
+    named = [file for file in files if name in _words(file) and not file.stem.startswith("image_info")]
     instances = [file for file in named if file.stem.startswith("instances")]
     return next(iter([*instances, *named, *inside]), None)
 
 
-def _words(file: Path) -> list[str]:
+def _words(path: Path) -> list[str]:
     """``instances_train2017`` is about train."""
-    return [word.rstrip("0123456789") for word in file.stem.replace("-", "_").split("_")]
+    return [word.rstrip("0123456789") for word in path.stem.replace("-", "_").split("_")]
 
 
 def _images_of(folder: Path, name: str, file: Path) -> Path | None:
-    if file.parent.name.startswith(name):
+    if file.parent not in (folder, folder / "annotations"):
         return file.parent
     years = [file.stem.rpartition(name)[2], ""]
     places = [parent / f"{name}{year}" for year in years for parent in (folder, folder / "images")]
@@ -464,7 +515,10 @@ def open_coco(config: DataConfig, *, masks: bool, progress: Callable[[str], Prog
     for title, (file, folder) in found.items():
         names = splits["train"].class_names if splits else None
         splits[title] = CocoSamples(file, folder, names)
-        _refuse_lacking_masks(splits[title], masks=masks)
+        if masks and not splits[title].has_masks:
+            raise ValueError(
+                f"{file} has boxes but no segmentations; train --detector.architecture=faster_rcnn or retinanet"
+            )
         reports.append(check_coco(splits[title], title, config, masks=masks, progress=progress(title)))
     return DetectionSplits(
         name=config.source, train=splits["train"], val=splits["val"], test=splits.get("test"), reports=reports
@@ -473,32 +527,29 @@ def open_coco(config: DataConfig, *, masks: bool, progress: Callable[[str], Prog
 
 def open_coco_split(
     config: DataConfig, split: str | None, class_names: list[str], *, masks: bool, progress: Callable[[str], Progress]
-) -> tuple[CocoSamples, SplitReport]:
+) -> tuple[CocoSamples, SplitReport, bool]:
     """Open and check one split for evaluation, its labels matched by name to the classes of a detector.
 
     Args:
         config: its ``source``, ``on_bad_image`` and ``check``.
         split: train, val or test; test if there is one, else val, when left out.
         class_names: of the detector.
-        masks: whether segmentations are used.
+        masks: whether segmentations are wanted.
         progress: for the title of a split, what wraps its check.
+
+    Returns:
+        The split, what the check found, and whether there are segmentations to use.
 
     Raises:
         ValueError: when there is no such split, or it has classes that the detector does not know.
     """
     require("faster_coco_eval", "detection")
-    found = find_coco_splits(Path(config.source))
-    wanted = split or next((title for title in ("test", "val") if title in found), "val")
-    if wanted not in found:
-        raise ValueError(f"{config.source} has no COCO JSON for {wanted}, only {', '.join(found) or 'none at all'}")
-    samples = CocoSamples(*found[wanted], class_names)
+    folder, titles = Path(config.source), [split] if split else ["test", "val"]
+    found = next(filter(None, (find_coco_splits(folder, [title]) for title in titles)), None)
+    if found is None:
+        there = [title for title, names in _NAMES.items() if any(_json_of(folder, name) for name in names)]
+        raise ValueError(f"{folder} has no COCO JSON for {titles[-1]}, only {', '.join(there) or 'none at all'}")
+    ((title, (file, images)),) = found.items()
+    samples = CocoSamples(file, images, class_names)
     masks = masks and samples.has_masks
-    return samples, check_coco(samples, wanted, config, masks=masks, progress=progress(wanted))
-
-
-def _refuse_lacking_masks(samples: CocoSamples, *, masks: bool) -> None:
-    entries = [entry for position in range(len(samples)) for entry in samples.annotations(position)]
-    if masks and entries and not any(entry.get("segmentation") for entry in entries):
-        raise ValueError(
-            f"{samples.file} has boxes but no segmentations; train --detector.architecture=faster_rcnn or retinanet"
-        )
+    return samples, check_coco(samples, title, config, masks=masks, progress=progress(title)), masks

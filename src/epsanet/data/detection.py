@@ -103,7 +103,7 @@ class DetectionSamples(ABC):
     class_names: list[str]
     """In the order of the labels."""
     has_masks: bool
-    """Whether every object has a mask."""
+    """Whether objects have masks."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 __all__ = ["IMAGE_SUFFIXES", "ImageError", "image_files", "image_size", "printable", "read_image"]
 
@@ -56,7 +56,7 @@ def read_image(source: Path | BinaryIO | Image.Image) -> Image.Image:
 
 
 def image_size(source: Path | BinaryIO | Image.Image) -> tuple[int, int]:
-    """Width and height in pixels that an image's header tells; it is not decoded.
+    """Width and height in pixels of the upright image, as its header tells; it is not decoded.
 
     Args:
         source: a path, an open binary file, or a Pillow image.
@@ -65,7 +65,12 @@ def image_size(source: Path | BinaryIO | Image.Image) -> tuple[int, int]:
         ImageError: when it is no image, or has too many pixels.
     """
     with _opened(source) as image:
-        return image.size
+        orientation = None
+        with contextlib.suppress(*_DECODE_ERRORS):
+            # The method of all images: PNG's own decodes the file to look for EXIF behind the pixels.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # whose size Pillow tells upright
+        return image.size[::-1] if turned else image.size
 
 
 @contextlib.contextmanager
@@ -142,7 +147,7 @@ def _require_file(path: Path) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         step = 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1
         return Image.fromarray(np.clip(values / step, 0, 255).astype(np.uint8)).convert("RGB")

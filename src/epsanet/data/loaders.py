@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import signal
 import time
 import zlib
@@ -18,9 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 from torchvision import transforms
 
 from epsanet._processes import cores, rank, world_size
@@ -30,7 +32,9 @@ from epsanet.data.samples import Samples
 from epsanet.data.streams import Part, Stream, cut
 
 __all__ = [
+    "EvaluationLoader",
     "ImageDataset",
+    "Loader",
     "StreamDataset",
     "TrainLoader",
     "evaluation_loader",
@@ -43,7 +47,7 @@ __all__ = [
 _logger = logging.getLogger("epsanet")
 
 _SUBSTITUTES = 100
-"""So many damaged images in a row end a run that skips them."""
+"""So many damaged images in a row end a run that skips them: then it is not the images."""
 
 
 def train_transform(config: DataConfig, data_config: dict[str, Any]) -> Any:
@@ -75,7 +79,16 @@ def train_transform(config: DataConfig, data_config: dict[str, Any]) -> Any:
 
 
 def evaluation_transform(data_config: dict[str, Any]) -> Any:
-    """timm's evaluation transform: resize, centre crop, normalise."""
+    """timm's evaluation transform: resize, centre crop, normalise.
+
+    Raises:
+        ValueError: for a network of other than three channels.
+    """
+    channels = data_config["input_size"][0]
+    if channels != 3:
+        raise ValueError(
+            f"the network takes {channels}-channel images, and images are read as RGB; use one with in_chans=3"
+        )
     return create_transform(
         data_config["input_size"],
         is_training=False,
@@ -110,7 +123,7 @@ def seeded(*key: int) -> Iterator[None]:
             torch.set_rng_state(before[2])
 
 
-class ImageDataset(Dataset[tuple[Tensor, int, int]]):
+class ImageDataset(Dataset[tuple[Tensor | str, int, int]]):
     """Samples through a transform: image of shape ``3, H, W``, label, position.
 
     A plain position reads that image; a tuple (epoch, position), or (epoch, position, copy) of repeated augmentation,
@@ -120,8 +133,9 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         samples: where the images come from.
         transform: Pillow image to tensor.
         seed: of the augmentation.
-        on_bad_image: what to do when an image that passed the check cannot be read after all: name it and take the
-            next (``"skip"``, in training), or raise.
+        on_bad_image: what to do when an image that passed the check cannot be read after all: skip it or raise. What
+            is skipped is named, and the next image takes its place where the augmentation is fixed, as in training;
+            at a plain position, name and reason stand in the place of the image.
     """
 
     def __init__(
@@ -133,28 +147,36 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: int | tuple[int, ...]) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: int | tuple[int, ...]) -> tuple[Tensor | str, int, int]:
         if not isinstance(key, tuple):
-            image, position = self._read(key)
-            return self.transform(image), int(self.samples.labels[position]), position
+            image = self._read(key)
+            shown = image if isinstance(image, str) else self.transform(image)
+            return shown, int(self.samples.labels[key]), key
         epoch, position, *copy = key
-        image, position = self._read(position)
+        image, position = self._read_or_next(position)
         with seeded(self.seed, epoch, position, *copy):
             return self.transform(image), int(self.samples.labels[position]), position
 
-    def _read(self, position: int) -> tuple[Any, int]:
+    def _read(self, position: int) -> Image.Image | str:
+        """An image; or its name and why it cannot be read."""
+        try:
+            return read_image(self.samples.open(position))
+        except (ImageError, OSError) as error:
+            message = f"{self.samples.name(position)}: {error}"
+            if self.on_bad_image == "raise":
+                raise ValueError(f"{message}; mend or remove it, or use --data.on_bad_image=skip") from error
+            return message
+
+    def _read_or_next(self, position: int) -> tuple[Image.Image, int]:
         for _ in range(_SUBSTITUTES):
-            try:
-                return read_image(self.samples.open(position)), position
-            except (ImageError, OSError) as error:
-                message = f"{self.samples.name(position)}: {error}"
-                if self.on_bad_image == "raise":
-                    raise ValueError(message) from error
-                if position not in self._named:
-                    self._named.add(position)
-                    _logger.warning("%s; the next image takes its place", message)
-                position = (position + 1) % len(self.samples)
-        raise ValueError(f"{_SUBSTITUTES} images in a row cannot be read, the last {message}")
+            image = self._read(position)
+            if not isinstance(image, str):
+                return image, position
+            if position not in self._named:
+                self._named.add(position)
+                _logger.warning("%s; the next image takes its place", image)
+            position = (position + 1) % len(self.samples)
+        raise ValueError(f"{_SUBSTITUTES} images in a row cannot be read, the last {image}")
 
 
 class EpochOrder(Sampler[list[tuple[int, ...]]]):
@@ -219,7 +241,28 @@ class EvaluationOrder(Sampler[list[int]]):
             yield list(range(start, min(start + self.batch_size, self.length)))
 
 
-class TrainLoader(DataLoader[Any]):
+_TOLD = re.compile(r"Caught (\w+) in DataLoader worker process .*^(?:[\w.]+\.)?\1: (.+)", re.DOTALL | re.MULTILINE)
+"""What torch makes of the error of a loader process; its last part is the error's own text."""
+
+
+class Loader(DataLoader[Any]):
+    """A loader whose processes fail with the text of their error; torch makes it that of a whole traceback.
+
+    Raises:
+        ValueError: or OSError, of the same type, when one was raised where batches are made.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except (ValueError, OSError) as error:
+            told = _TOLD.match(str(error))
+            if told is None:
+                raise
+            raise type(error)(told[2].strip()) from error
+
+
+class TrainLoader(Loader):
     """A loader that knows where it stands, for checkpoints (Lightning saves ``state_dict`` of such loaders)."""
 
     _epoch, _start, _given = 0, 0, 0
@@ -252,6 +295,46 @@ class TrainLoader(DataLoader[Any]):
             self._given += 1
             yield batch
             asked = time.perf_counter()
+
+
+class EvaluationLoader(Loader):
+    """Batches of the images that can be read; the others are named, each once, and left out.
+
+    Args:
+        dataset: gives name and reason in the place of an image that cannot be read.
+        order: of its positions.
+        **options: of torch's loader.
+
+    Raises:
+        ValueError: when none of this process's images can be read, or none of many in a row.
+    """
+
+    def __init__(self, dataset: ImageDataset, order: EvaluationOrder, **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=order, collate_fn=_collate, **options)
+        self._named: set[str] = set()  # here, because loader processes last for one pass only
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        given, in_a_row = 0, 0
+        for batch, bad in super().__iter__():
+            for name in bad:
+                if name not in self._named:
+                    self._named.add(name)
+                    _logger.warning("skipped %s", name)
+            if batch is not None:
+                given, in_a_row = given + 1, 0
+                yield batch
+                continue
+            in_a_row += len(bad)
+            if in_a_row >= _SUBSTITUTES:
+                raise ValueError(f"{in_a_row} images in a row cannot be read, the last {bad[-1]}")
+        if in_a_row and not given:
+            raise ValueError(f"none of {in_a_row} images can be read, the last {bad[-1]}")
+
+
+def _collate(items: list[tuple[Tensor | str, int, int]]) -> tuple[list[Tensor] | None, list[str]]:
+    """A batch of the images that can be read, if there are any, and names and reasons of the others."""
+    good = [item for item in items if not isinstance(item[0], str)]
+    return default_collate(good) if good else None, [item[0] for item in items if isinstance(item[0], str)]
 
 
 def worker_count(config: DataConfig) -> int:
@@ -404,12 +487,12 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
     return TrainLoader(ImageDataset(samples, transform, seed, config.on_bad_image), batch_sampler=order, **common)
 
 
-def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config: dict[str, Any]) -> DataLoader[Any]:
-    """Batches ``images, labels, positions``, each image once in one of the processes, in order.
+def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config: dict[str, Any]) -> Loader:
+    """Batches ``images, labels, positions``, each image that can be read once in one of the processes, in order.
 
     Args:
         samples: a split.
-        config: batch size and workers.
+        config: batch size, workers, and what to do with images that cannot be read.
         data_config: preprocessing as timm resolves it.
     """
     transform = evaluation_transform(data_config)
@@ -421,6 +504,6 @@ def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config
     }
     if isinstance(samples, Stream):
         stream = StreamDataset(samples, transform, config.batch_size, on_bad_image=config.on_bad_image)
-        return DataLoader(stream, batch_size=config.batch_size, **common)
+        return Loader(stream, batch_size=config.batch_size, **common)
     order = EvaluationOrder(len(samples), config.batch_size)
-    return DataLoader(ImageDataset(samples, transform), batch_sampler=order, **common)
+    return EvaluationLoader(ImageDataset(samples, transform, on_bad_image=config.on_bad_image), order, **common)

@@ -258,8 +258,10 @@ def _tar_samples(path: Path, label_key: str) -> Iterator[tuple[tarfile.TarInfo, 
             for key, members in itertools.groupby(named, key=lambda pair: pair[0]):
                 parts = {member.name[len(key) :].lower(): member for _, member in members}
                 image = next((parts[suffix] for suffix in parts if suffix in IMAGE_SUFFIXES), None)
-                text = {suffix: _text(tar, parts[suffix]) for suffix in (".cls", ".json") if suffix in parts}
-                label = text[".cls"].strip() if ".cls" in text else json.loads(text.get(".json", "{}")).get(label_key)
+                text: dict[str, str] = {
+                    suffix: _text(tar, parts[suffix]) for suffix in (".cls", ".json") if suffix in parts
+                }
+                label = _label(text, label_key)
                 if image is None or label is None:
                     lacking = "image" if image is None else f"label (.cls, or {label_key!r} in .json)"
                     raise ValueError(f"its sample {key} has no {lacking}")
@@ -271,6 +273,14 @@ def _tar_samples(path: Path, label_key: str) -> Iterator[tuple[tarfile.TarInfo, 
 def _sample_key(name: str) -> str:
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
+
+
+def _label(text: dict[str, str], key: str) -> Any:
+    """What .cls says, or .json under the key; nothing where neither does."""
+    if ".cls" in text:
+        return text[".cls"].strip()
+    described = json.loads(text.get(".json", "{}"))
+    return described.get(key) if isinstance(described, dict) else None
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:

@@ -9,7 +9,7 @@ import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal
@@ -43,7 +43,7 @@ class ShardReport:
 
 
 def write_shards(
-    source: str,
+    source: str | DataConfig,
     destination: str | Path,
     *,
     shard_size: int = 1000,
@@ -57,7 +57,8 @@ def write_shards(
     image is decoded once, so that no damaged one is packed.
 
     Args:
-        source: an image folder, or whatever else ``--data`` takes, but no stream.
+        source: an image folder, or whatever else ``--data`` takes; a configuration also says where its images and
+            labels are. It is never streamed.
         destination: the folder to make.
         shard_size: images a shard, at most.
         on_bad_image: leave damaged images out, or stop at the first; then nothing is written.
@@ -72,7 +73,8 @@ def write_shards(
         raise ValueError(f"shard_size={shard_size} is impossible; use 1 or more images")
     if destination.exists():
         raise ValueError(f"{destination} is there already; choose another folder, or remove it")
-    opened, class_names = open_splits(DataConfig(source=source))
+    config = source if isinstance(source, DataConfig) else DataConfig(source=source)
+    opened, class_names = open_splits(replace(config, streaming=False))
     splits = {split: samples for split, samples in opened.items() if isinstance(samples, Samples)}
     assert len(splits) == len(opened), "nothing was asked to be streamed"
     if list(splits) == ["all"]:

@@ -45,6 +45,7 @@ from epsanet.network.weights import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, create
 __all__ = [
     "Detector",
     "LoadedDetector",
+    "PastedMasks",
     "RuntimeDetector",
     "create_detector",
     "load_detector",
@@ -75,27 +76,48 @@ class _PyramidBackbone(nn.Module):
         return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))
 
 
+class PastedMasks:
+    """Masks of an image, each drawn when it is asked for, since all of a large image may not fit into memory.
+
+    A mask has shape ``H, W`` and is true where the probability, drawn into the box, is above a half.
+
+    Args:
+        probabilities_D1MM: of the cells of each box.
+        boxes: of shape ``D, 4``.
+        size: height and width of the image.
+    """
+
+    def __init__(self, probabilities_D1MM: Tensor, boxes: Tensor, size: tuple[int, int]) -> None:
+        self.probabilities_D1MM, self.boxes, self.size = probabilities_D1MM, boxes, size
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, place: int) -> Tensor:
+        probability, box = self.probabilities_D1MM[place], self.boxes[place]
+        return paste_masks_in_image(probability[None], box[None], self.size)[0, 0] > 0.5
+
+    def together(self) -> Tensor:
+        """All of them, of shape ``D, H, W``."""
+        masks = torch.zeros(len(self), *self.size, dtype=torch.bool, device=self.boxes.device)
+        for place in range(len(self)):
+            masks[place] = self[place]
+        return masks
+
+
 class _Transform(GeneralizedRCNNTransform):
-    """torchvision's, which holds the masks of an image as numbers at its full size; here one at a time."""
+    """torchvision's, which holds the masks of an image as numbers at its full size; here they are drawn later."""
 
     def postprocess(
-        self, result: list[Target], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
-    ) -> list[Target]:
+        self, result: list[Any], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> list[Any]:
         if self.training:
             return result
         for detection, scaled, original in zip(result, image_shapes, original_image_sizes, strict=True):
             detection["boxes"] = resize_boxes(detection["boxes"], scaled, original)
             if "masks" in detection:
-                detection["masks"] = _pasted(detection["masks"], detection["boxes"], original)
+                detection["masks"] = PastedMasks(detection["masks"], detection["boxes"], original)
         return result
-
-
-def _pasted(probabilities_D1MM: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks of shape ``D, H, W``: where the probability, drawn into the box, is above a half."""
-    masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
-    for mask, probability, box in zip(masks, probabilities_D1MM, boxes, strict=True):
-        mask.copy_(paste_masks_in_image(probability[None], box[None], size)[0, 0] > 0.5)
-    return masks
 
 
 class Detector(nn.Module):
@@ -134,9 +156,25 @@ class Detector(nn.Module):
             return self.network(
                 list(images), [{**target, "labels": target["labels"] + self._first} for target in targets]
             )
-        detections: list[Target] = self.network(list(images))
+        detections = self.detect(images)
         for detection in detections:
-            detection["labels"] = detection["labels"] - self._first
+            if "masks" in detection:
+                detection["masks"] = detection["masks"].together()
+        return detections
+
+    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Detections as ``forward`` gives them in evaluation, but the masks as ``PastedMasks``.
+
+        Each image goes through the network alone. In a batch, all are padded to the largest, and attention that
+        averages over a whole map would see the padding: what is found in an image would depend on its neighbours.
+
+        Args:
+            images: as in ``forward``.
+        """
+        detections: list[dict[str, Any]] = []
+        for image in images:
+            (detection,) = self.network([image])
+            detections.append({**detection, "labels": detection["labels"] - self._first})
         return detections
 
     def train(self, mode: bool = True) -> Detector:
@@ -192,7 +230,7 @@ class RuntimeDetector(Detector):
         self.run, self.network.transform = run, transform.eval()
 
     @torch.no_grad()
-    def forward(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> list[Target]:  # noqa: ARG002
+    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Any]]:
         """Detections, as of ``Detector``.
 
         Raises:
@@ -200,15 +238,14 @@ class RuntimeDetector(Detector):
         """
         return [self._detected(image) for image in images]
 
-    def _detected(self, image: Tensor) -> Target:
+    def _detected(self, image: Tensor) -> dict[str, Any]:
         transform = self.network.transform
         scaled = transform.resize(transform.normalize(image))[0]
-        outputs = runtime_outputs(self.run, scaled[None])
-        found = dict(zip(DETECTIONS, outputs, strict=False))
+        found = dict(zip(DETECTIONS, runtime_outputs(self.run, scaled[None]), strict=False))
         self._check(found)
         size = [(height, width) for height, width in (scaled.shape[-2:], image.shape[-2:])]
-        (detections,) = transform.postprocess([found], size[:1], size[1:])
-        return {name: value.to(image.device) for name, value in detections.items()}
+        found = {name: value.to(image.device) for name, value in found.items()}
+        return transform.postprocess([found], size[:1], size[1:])[0]
 
     def _check(self, found: Target) -> None:
         boxes, scores, labels = (found[name] for name in DETECTIONS[:3])
@@ -239,7 +276,8 @@ def create_detector(
         backbone_args: of the backbone.
 
     Raises:
-        ValueError: for a backbone that timm lacks or that gives no features, or sizes that do not fit together.
+        ValueError: for a backbone that timm lacks or that gives no features or takes no RGB images, or sizes that do
+            not fit together.
     """
     retina = config.architecture == "retinanet"
     arguments = dict(backbone_args or {})
@@ -248,6 +286,8 @@ def create_detector(
         body = create_model(backbone, features_only=True, out_indices=indices, **arguments)
     except (RuntimeError, AttributeError, IndexError) as error:
         raise ValueError(f"{backbone} cannot be the backbone of a detector: {_first_line(error)}") from error
+    if body.in_chans != 3:
+        raise ValueError(f"{backbone} takes {body.in_chans}-channel images, and detectors RGB ones; leave in_chans out")
     _freeze(body, config.frozen_stages, backbone)
     pyramid = _PyramidBackbone(body, config.fpn_channels, _norm(config), p6p7=retina)
     if len(config.anchor_sizes) != pyramid.levels:

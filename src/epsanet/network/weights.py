@@ -22,13 +22,13 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import ImageNetInfo, resolve_model_data_config
 from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from epsanet._files import atomic_file, atomic_folder
-from epsanet.network.bundle import read_bundle
+from epsanet.network.bundle import RuntimeNetwork, read_bundle
 from epsanet.network.epsanet import EPSABlock, EPSANet
 from epsanet.network.foreign import check_data_config, check_model_folder, check_tensors, read_checkpoint
 from epsanet.network.model_folder import find_bundle, is_detector
@@ -49,6 +49,7 @@ __all__ = [
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
 
+_OTHER_FILES = (".bin", ".ckpt", ".onnx", ".pickle", ".pkl", ".pt", ".pt2", ".safetensors", ".tar")
 _BRANCHES = 4
 _RELEASED_BRANCH = re.compile(r"(layer\d\.\d+\.conv2)\.conv_(\d)\.weight")
 _OUR_BRANCH = re.compile(r"(layer\d\.\d+\.conv2)\.spc\.branches\.(\d)\.weight")
@@ -117,12 +118,14 @@ def save_model(
 
     Raises:
         ValueError: when the number of names is not the network's number of classes.
+        OSError: when there is no room for it; it names the folder.
     """
     if len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for a network of {model.num_classes} classes; give one each")
     with atomic_folder(folder) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        # Not save_file, for which a full disk is no OSError.
+        (temporary / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         save_config_for_hf(
             model,
             str(temporary / CONFIG_NAME),
@@ -160,6 +163,7 @@ def load_model(source: str | Path) -> LoadedModel:
             model=network, class_names=description["label_names"], data_config=description["data_config"]
         )
     if path.is_file():
+        _refuse_part(path)
         return load_released(path)
     folder = find_model_folder(path)
     if folder is not None:
@@ -175,6 +179,15 @@ def load_model(source: str | Path) -> LoadedModel:
     )
 
 
+def _refuse_part(path: Path) -> None:
+    """Name the folder of a file that a run or a model folder is made of."""
+    run = path.parent.parent
+    if path.suffix == ".ckpt" and path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
+        raise ValueError(f"{path} is for resuming; give the run folder, {run}")
+    if path.name in (CONFIG_NAME, WEIGHTS_NAME) and (path.parent / CONFIG_NAME).is_file():
+        raise ValueError(f"{path} is a part of a model folder; give the folder, {path.parent}")
+
+
 def find_model_folder(source: str | Path) -> Path | None:
     """The model folder that a model folder, a run folder, or the name of shipped weights stands for, if it is one."""
     path = Path(source)
@@ -184,7 +197,9 @@ def find_model_folder(source: str | Path) -> Path | None:
 
 def _load_folder(folder: Path) -> LoadedModel:
     if is_detector(folder):
-        raise ValueError(f"{folder} holds a detector; epsanet.load_detector reads it")
+        raise ValueError(
+            f"{folder} holds a detector; epsanet.load_detector reads it, and so do predict, evaluate, export and serve"
+        )
     check_model_folder(folder)
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -226,6 +241,8 @@ def _with_names(model: Any, source: str) -> LoadedModel:
     data_config = resolve_model_data_config(model)
     check_data_config(data_config, source)
     check_tensors({}, model, source)
+    # timm's says 3 of every network.
+    data_config["input_size"] = (getattr(model, "in_chans", 3), *data_config["input_size"][1:])
     return LoadedModel(model=model.eval(), class_names=list(names), data_config=data_config)
 
 
@@ -387,13 +404,21 @@ def convert(source: str | Path, destination: str | Path, *, data_parallel: bool 
         The network that was converted.
 
     Raises:
-        ValueError: when the source is neither, or the destination exists; nothing is written then.
+        ValueError: when the source is neither, or the destination exists or is named like another kind of file; nothing
+            is written then.
     """
     destination = Path(destination)
     if destination.exists():
         raise ValueError(f"{destination} exists; remove it or choose another name")
+    to_checkpoint = destination.name.endswith((".pth", ".pth.tar"))
+    if not to_checkpoint and destination.suffix in _OTHER_FILES:
+        raise ValueError(f"{destination} is named like a file; end it in .pth or .pth.tar, or name a folder")
+    if data_parallel and not to_checkpoint:
+        raise ValueError(f"data_parallel is for checkpoints, and {destination} is to be a model folder; leave it out")
     loaded = load_model(source)
-    if destination.name.endswith((".pth", ".pth.tar")):
+    if isinstance(loaded.model, RuntimeNetwork):
+        raise ValueError("this is an exported bundle already; give the model folder that it was made from")
+    if to_checkpoint:
         save_released(destination, loaded.model, data_parallel=data_parallel)
         return loaded
     name = loaded.model.pretrained_cfg["architecture"]

@@ -43,9 +43,13 @@ class TrainingInterrupted(Exception):  # noqa: N818 - no error: the user asked f
 
 
 class RandomStates(Callback):
-    """The states of Python's, NumPy's and torch's generators in every process go into the checkpoint and come back."""
+    """The states of Python's, NumPy's and torch's generators in every process go into the checkpoint and come back.
+
+    Of the generators on GPUs, that of the process's own: others are other processes', or not there when it goes on.
+    """
 
     _states: list[dict[str, Any]] | None = None
+    _device: torch.device
 
     def state_dict(self) -> dict[str, Any]:
         version, keys, gauss = random.getstate()
@@ -54,7 +58,7 @@ class RandomStates(Callback):
             "python": [version, list(keys), gauss],
             "numpy": [kind, [int(word) for word in words], int(place), int(has_gauss), float(cached)],
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all(),
+            "cuda": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
         }
         return {"processes": gather(own)}
 
@@ -62,6 +66,7 @@ class RandomStates(Callback):
         self._states = state_dict["processes"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        self._device = trainer.strategy.root_device
         if self._states is None or rank() >= len(self._states):
             return
         states = self._states[rank()]
@@ -70,8 +75,11 @@ class RandomStates(Callback):
         kind, words, place, has_gauss, cached = states["numpy"]
         np.random.set_state((kind, np.array(words, dtype=np.uint32), place, has_gauss, cached))
         torch.set_rng_state(states["torch"])
-        if states["cuda"]:
-            torch.cuda.set_rng_state_all(states["cuda"])
+        cuda, number = states["cuda"], self._device.index or 0
+        if isinstance(cuda, list):  # there are checkpoints with the states of all GPUs, by their numbers
+            cuda = cuda[number] if number < len(cuda) else None
+        if cuda is not None and self._device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self._device)
 
 
 class History(Callback):
@@ -228,9 +236,9 @@ class LastCheckpoint(CheckpointCallback):
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         # After the last batch of an epoch comes its validation; all waits for it and for the epoch's checkpoint.
         # Between two optimiser steps there are gradients, which no checkpoint holds.
-        if trainer.global_step == self._step or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        before, self._step = self._step, trainer.global_step
+        if self._step == before or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
-        self._step = trainer.global_step
         due = time.monotonic() - self._saved >= self.seconds
         stop, save = largest([int(self.asked), int(due)], trainer.strategy.root_device)
         if stop or save:

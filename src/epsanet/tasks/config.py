@@ -84,7 +84,7 @@ class ScheduleConfig:
     decay_milestones: list[int] = field(default_factory=lambda: [30, 60, 90])
     """Of multistep: epochs of the reductions."""
     decay_rate: float = 0.1
-    """Of step and multistep: factor of a reduction."""
+    """Of step and multistep: factor of a reduction. Of poly: the power."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -93,6 +93,8 @@ class ScheduleConfig:
             raise ValueError(
                 f"schedule.warmup_epochs={self.warmup_epochs} does not fit into schedule.epochs={self.epochs}"
             )
+        if self.sched == "step" and self.decay_epochs < 1:
+            raise ValueError(f"schedule.decay_epochs={self.decay_epochs} is impossible; use 1 or more")
 
 
 @dataclass(kw_only=True)

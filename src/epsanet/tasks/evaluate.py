@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
-from epsanet._processes import agree
+from epsanet._processes import agree, in_company
 from epsanet.data.check import check_images
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import evaluation_loader
@@ -25,7 +29,31 @@ from epsanet.tasks.launch import Processes, launch
 from epsanet.tasks.module import TaskModule
 from epsanet.tasks.scores import Evaluation
 
-__all__ = ["evaluate", "evaluate_module"]
+__all__ = ["evaluate", "evaluate_module", "interruptible"]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Around Lightning, which ends an interrupted process by itself: with exit code 1, and 0 after SIGTERM.
+
+    Raises:
+        KeyboardInterrupt: instead.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end, SIGTERMException) or isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from end
+        raise
+
+
+class _Stop(Callback):
+    """SIGTERM stops an evaluation as Ctrl-C does. Lightning's handler, which comes back at its end, would first wait
+    for all other processes, which do not hear of it."""
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 class _Bar(Callback):
@@ -46,7 +74,13 @@ class _Bar(Callback):
         self.bar.stop()
 
 
-def evaluate_module(module: TaskModule, loader: DataLoader[Any], processes: Processes, precision: Any) -> Any:
+def evaluate_module(
+    module: TaskModule,
+    loader: DataLoader[Any],
+    processes: Processes,
+    precision: Any,
+    note: Callable[[str], None] = messages.print,
+) -> Any:
     """Run a network over a loader by Lightning; with the weights of the first process in all.
 
     Args:
@@ -54,22 +88,30 @@ def evaluate_module(module: TaskModule, loader: DataLoader[Any], processes: Proc
         loader: batches as the module takes them.
         processes: that take part; each has to call this.
         precision: Lightning's name of the arithmetic.
+        note: told how many images could not be read.
 
     Returns:
         The module's evaluation, the same in all processes.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C or SIGTERM.
     """
-    with quiet_lightning():
+    with quiet_lightning(), in_company(), interruptible():
         trainer = lightning.Trainer(
             **processes.trainer_arguments(),
             precision=precision,
             logger=False,
-            callbacks=[_Bar()],
+            callbacks=[_Bar(), _Stop()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         trainer.validate(module, loader, verbose=False)
     assert module.evaluation is not None
+    dataset: Any = loader.dataset
+    images, lost = len(dataset.samples), len(dataset.samples) - module.evaluation.images
+    if lost:
+        note(f"{lost:,} of {images:,} images cannot be read and are left out")
     return module.evaluation
 
 
@@ -87,7 +129,7 @@ def evaluate(
     Args:
         model: whatever ``load_model`` takes, or a loaded model.
         data: the data set; its classes are matched to the model's by name. Preprocessing is the model's own unless
-            ``input_size``, ``crop_pct`` or ``interpolation`` say otherwise.
+            ``input_size``, ``crop_pct``, ``interpolation``, ``mean`` or ``std`` say otherwise.
         split: train, val or test; test where there is one, else val, when left out.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: Lightning's name of the arithmetic.
@@ -95,6 +137,7 @@ def evaluate(
 
     Raises:
         ValueError: for a model, data set or device that is not there, or classes that do not fit.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM.
     """
     processes = launch(resolve_device(device))
     loaded = agree(lambda: model if isinstance(model, LoadedModel) else load_model(model))
@@ -115,12 +158,12 @@ def evaluate(
             note(f"skipped {bad}: {reason}")
     data_config = dict(loaded.data_config)
     if data.input_size is not None:
-        data_config["input_size"] = (3, data.input_size, data.input_size)
-    for key in ("crop_pct", "interpolation"):
+        data_config["input_size"] = (data_config["input_size"][0], data.input_size, data.input_size)
+    for key in ("crop_pct", "interpolation", "mean", "std"):
         if getattr(data, key) is not None:
             data_config[key] = getattr(data, key)
     loader = evaluation_loader(samples, data, data_config)
     network = agree(
         lambda: inference_network(loaded.model, data_config["input_size"], processes.device, precision, note)
     )
-    return evaluate_module(Classifier(network, loaded.class_names), loader, processes, precision)
+    return evaluate_module(Classifier(network, loaded.class_names), loader, processes, precision, note)

@@ -164,6 +164,7 @@ def save_pictures(
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.imshow(picture)
         axes.set_title(text, fontsize=8)
+        axes.set(xticks=[], yticks=[])  # the layout would make room for them, shown or not
         axes.set_axis_off()
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)

@@ -42,9 +42,14 @@ def mean_of_an_epoch() -> MeanMetric:
 
 
 def fixed_settings(config: TrainConfig) -> dict[str, Any]:
-    """Settings that the optimiser's state holds; those of a run that goes on must be the same."""
+    """What the optimiser's state, the average of the weights, the order of the images and the count of the steps rest
+    on; a run that goes on must have the same."""
     names = ("opt", "momentum", "weight_decay", "filter_bias_and_bn", "layer_decay", "opt_args")
-    return {f"optimizer.{name}": getattr(config.optimizer, name) for name in names}
+    return {
+        **{f"optimizer.{name}": getattr(config.optimizer, name) for name in names},
+        **{name: getattr(config, name) for name in ("accumulate_grad_batches", "ema_decay", "seed")},
+        "data.aug_repeats": config.data.aug_repeats,
+    }
 
 
 class TaskModule(lightning.LightningModule):
@@ -134,10 +139,13 @@ class TaskModule(lightning.LightningModule):
         return self.config.data.batch_size * world_size()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what the order of the images, the schedule and the optimiser's state rest on."""
+        """Note what must be the same when the run goes on."""
         assert self.config is not None
+        loader: Any = self.trainer.train_dataloader
         checkpoint["images_per_step"] = self.images_per_step
-        checkpoint["optimizer"] = fixed_settings(self.config)
+        checkpoint["train_images"] = len(loader.dataset.samples)
+        checkpoint["class_names"] = list(self.class_names)
+        checkpoint["settings"] = fixed_settings(self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the schedule be what the flags say now: a run may go on with more epochs or fewer.

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from epsanet._files import atomic_file
+from epsanet.data.loaders import evaluation_transform
 from epsanet.network.weights import LoadedModel, load_model
 from epsanet.tasks.console import messages, track
 from epsanet.tasks.devices import resolve_device
@@ -106,6 +107,7 @@ def predict_to_parquet(
     rank, processes = process_of_many()
     place = _own_device(resolve_device(device))
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    evaluation_transform(loaded.data_config)  # before anything is written, it refuses a network that RGB does not fit
     paths = find_images(images)
     job = _Job(Path(output), len(paths), _describe(loaded, paths, topk, batch_size, place))
     if not job.begin():

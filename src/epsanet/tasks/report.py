@@ -13,6 +13,7 @@ from epsanet._processes import cores
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import worker_count
 from epsanet.data.streams import Stream
+from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import console, counted
 from epsanet.tasks.run import Run
 
@@ -118,8 +119,13 @@ def next_commands(run: Run, model: Path, split: str) -> str:
         split: that was evaluated, test or val.
     """
     folder, flags = shlex.quote(shown(model)), _data_flags(run.config.data)
+    flags += " --split val" if split == "val" else ""
+    for name in ("device", "precision"):  # with others, the numbers are not quite those of the run
+        value = getattr(run.config, name)
+        if value != getattr(TrainConfig, name):
+            flags += f" --{name} {value}"
     return (
-        f"evaluate  epsanet evaluate {folder} {flags}{' --split val' if split == 'val' else ''}\n"
+        f"evaluate  epsanet evaluate {folder} {flags}\n"
         f"predict   epsanet predict {folder} IMAGES\n"
         f"resume    epsanet train --resume {shlex.quote(shown(run.folder))}"
     )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from epsanet.tasks.checkpoints import newest_sound, read, tidy
-from epsanet.tasks.config import TrainConfig
+from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.console import messages
 from epsanet.tasks.launch import Processes
 from epsanet.tasks.module import TaskModule, fixed_settings
 from epsanet.tasks.report import shown
 
-__all__ = ["check_continuation", "find_start", "run_config"]
+__all__ = ["as_begun", "check_continuation", "find_start", "run_config"]
+
+_REMEDY = "go on with the same, or start anew with another --output"
 
 
 def run_config(folder: Path) -> Path:
@@ -65,32 +68,72 @@ def find_start(config: TrainConfig, resume: str | Path | None, processes: Proces
     return folder, path
 
 
-def check_continuation(checkpoint: Path, module: TaskModule) -> None:
-    """Make sure that a checkpoint is of the network and the optimiser that are to go on.
+def as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The configuration with the network and the preprocessing that the run began with, where it leaves them out.
+
+    They may be those of ``init_from``, where a run that goes on does not look again.
 
     Args:
-        checkpoint: to go on from.
-        module: what would be trained.
+        config: of the run that goes on.
+        folder: its run folder.
 
     Raises:
-        ValueError: when a weight has another name or shape, or the optimiser other settings than its state has.
+        ValueError: when the configuration in the folder cannot be read.
+    """
+    begun = load_recipe(str(run_config(folder)))
+    if config.model == "auto":
+        config = replace(config, model=begun.model, model_args={**begun.model_args, **config.model_args})
+    names = ("input_size", "crop_pct", "interpolation", "mean", "std")
+    left_out = {name: getattr(begun.data, name) for name in names if getattr(config.data, name) is None}
+    return replace(config, data=replace(config.data, **left_out))
+
+
+def check_continuation(checkpoint: Path, module: TaskModule, train_images: int) -> None:
+    """Make sure that what is to go on is the run that a checkpoint is of.
+
+    Args:
+        checkpoint: to go on from; what it does not note is not compared.
+        module: what would be trained.
+        train_images: number of images to train on.
+
+    Raises:
+        ValueError: when classes, the name or shape of a weight, or settings that a run keeps are others; when more
+            epochs are done than asked for; when an epoch would go on with another number of images.
     """
     found, folder = read(checkpoint), checkpoint.parent.parent
+    assert module.config is not None
+    _check_classes(folder, found.get("class_names", module.class_names), module.class_names)
     before, now = ({name: tuple(t.shape) for name, t in x.items()} for x in (found["state_dict"], module.state_dict()))
     other = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if other:
         raise ValueError(
             f"{folder} was trained with another network or other classes: {len(other)} weights differ, first "
-            f"{other[0]}; go on with the same, or start anew with another --output"
+            f"{other[0]}; {_REMEDY}"
         )
-    assert module.config is not None
+    settings = found.get("settings", found.get("optimizer", {}))  # some checkpoints have the optimiser's only
     for name, value in fixed_settings(module.config).items():
-        was = found.get("optimizer", {}).get(name, value)
+        was = settings.get(name, value)
         if was != value:
-            raise ValueError(
-                f"{folder} was trained with {name}={was}, not {value}; go on with the same, or start anew with another "
-                "--output"
-            )
+            raise ValueError(f"{folder} was trained with {name}={was}, not {value}; {_REMEDY}")
+    epochs, done = module.config.schedule.epochs, len(found["callbacks"]["History"]["rows"])
+    if epochs < done:
+        raise ValueError(
+            f"{folder} has {done} epochs behind it, and schedule.epochs={epochs} is fewer; use {done} or more"
+        )
+    was = found.get("train_images", train_images)
+    if was != train_images and found["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["batches"]:
+        raise ValueError(
+            f"{folder} was stopped within an epoch of {was:,} training images, and here are {train_images:,}: their "
+            f"order would not go on; {_REMEDY}"
+        )
+
+
+def _check_classes(folder: Path, before: list[str], now: list[str]) -> None:
+    if len(before) != len(now):
+        raise ValueError(f"{folder} was trained with {len(before)} classes, not {len(now)}; {_REMEDY}")
+    for place, (was, name) in enumerate(zip(before, now, strict=True)):
+        if was != name:
+            raise ValueError(f"{folder} was trained with {was!r} as class {place}, not {name!r}; {_REMEDY}")
 
 
 def _check_images_per_step(config: TrainConfig, processes: Processes, folder: Path, before: int | None) -> None:

@@ -202,6 +202,11 @@ def _build(
         raise ValueError(
             f"{config.model} was given num_classes={model.num_classes} for {len(splits.class_names)} classes"
         )
+    channels = getattr(model, "in_chans", 3)
+    if channels != 3:
+        raise ValueError(
+            f"{config.model} takes {channels}-channel images, and images are read as RGB; use a network with in_chans=3"
+        )
     start = start_from(model, splits.class_names, source) if source is not None else None
     if start is not None and start.inherited and config.freeze_epochs:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from epsanet._files import atomic_file
 from epsanet._processes import agree, first, gather, in_company, rank
+from epsanet.data.images import printable
 from epsanet.data.loaders import TrainLoader
 from epsanet.tasks.callbacks import (
     History,
@@ -31,11 +33,11 @@ from epsanet.tasks.checkpoints import BEST, LAST, AtomicCheckpointIO, BestCheckp
 from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.console import console, duration, quiet_lightning
 from epsanet.tasks.devices import processor_name, resolve_device
-from epsanet.tasks.evaluate import evaluate_module
+from epsanet.tasks.evaluate import evaluate_module, interruptible
 from epsanet.tasks.launch import Processes, launch
 from epsanet.tasks.module import DivergedError
 from epsanet.tasks.report import announce, has_tensorboard, next_commands, shown
-from epsanet.tasks.resume import check_continuation, find_start, run_config
+from epsanet.tasks.resume import as_begun, check_continuation, find_start, run_config
 from epsanet.tasks.run import Run, prepare
 from epsanet.tasks.scores import Evaluation
 
@@ -76,6 +78,7 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
     Raises:
         ValueError: for a configuration that cannot run, before anything is written.
         TrainingInterrupted: on Ctrl-C or SIGTERM, after saving.
+        KeyboardInterrupt: on a second Ctrl-C.
     """
     if config is None:
         config = load_recipe() if resume in (None, "auto") else load_recipe(str(run_config(Path(str(resume)))))
@@ -86,14 +89,22 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
         folder, checkpoint = first(lambda: find_start(config, resume, processes))
         run = _prepare(config, processes, folder, resumed=checkpoint is not None)
         if checkpoint is not None:
-            first(lambda: check_continuation(checkpoint, run.module()))
+            first(lambda: check_continuation(checkpoint, run.module(), len(run.splits.train)))
+        loader = agree(lambda: _train_loader(run))
         announce(run, resumed=checkpoint is not None)
         agree(lambda: _write_start(run) if rank() == 0 else None)
-        history = _fit(run, checkpoint)
-        return _finish(run, history)
+        history = _fit(run, loader, checkpoint)
+        try:
+            return _finish(run, history)
+        except KeyboardInterrupt as stop:
+            again = f"epsanet train --resume {shlex.quote(shown(run.folder))}"
+            raise TrainingInterrupted(f"stopped after the last epoch, which is saved; go on with: {again}") from stop
 
 
 def _prepare(config: TrainConfig, processes: Processes, folder: Path | None, *, resumed: bool) -> Run:
+    if resumed:
+        assert folder is not None
+        config = first(lambda: as_begun(config, folder))
     if config.detector is None:
         return prepare(config, processes, folder, resumed=resumed)
     from epsanet.tasks.detection.run import prepare_detection  # its libraries take a second to import
@@ -101,31 +112,36 @@ def _prepare(config: TrainConfig, processes: Processes, folder: Path | None, *, 
     return prepare_detection(config, processes, folder, resumed=resumed)
 
 
+def _train_loader(run: Run) -> TrainLoader:
+    """The loader, when it gives batches that can be trained on."""
+    loader, config = run.train_loader(), run.config.data
+    if len(loader) == 0:
+        raise ValueError(f"{config.source} has fewer images than one batch; lower --data.batch_size")
+    size: int = loader.batch_sampler.batch_size  # type: ignore[union-attr]
+    if config.mixes and size % 2:
+        raise ValueError(
+            f"mixup and cutmix pair the images of a batch, and one of {config.source} has {size}; use an even "
+            "--data.batch_size below that, or leave them out"
+        )
+    return loader
+
+
 def _write_start(run: Run) -> None:
+    """The configuration, and what the network will see."""
     run.folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(run.config)
     with atomic_file(run.folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    run.draw_first_batch()
 
 
-def _training_batches(run: Run) -> TrainLoader:
-    """The loader, after the first process has drawn a first batch."""
-    loader = run.train_loader()
-    if len(loader) == 0:
-        raise ValueError(f"{run.config.data.source} has fewer images than one batch; lower --data.batch_size")
-    if rank() == 0:
-        run.draw_first_batch()
-    return loader
-
-
-def _fit(run: Run, checkpoint: Path | None) -> History:
+def _fit(run: Run, loader: TrainLoader, checkpoint: Path | None) -> History:
     config = run.config
-    loader = agree(lambda: _training_batches(run))
     history = History(run.folder / "metrics.csv")
     module = run.module(math.ceil(len(loader) / config.accumulate_grad_batches))
     if config.compile:
         run.model.compile()  # in place, so that names of weights stay as they are
-    with quiet_lightning():
+    with quiet_lightning(), interruptible():
         trainer = lightning.Trainer(
             # A detector's head that has nothing to learn from a batch has no gradient either.
             **run.processes.trainer_arguments(frozen=config.freeze_epochs > 0 or config.detector is not None),
@@ -171,7 +187,7 @@ def _list_images(run: Run, images: list[str]) -> str:
     if not images:
         return "its images came from a stream"
     with atomic_file(run.folder / "diverged.txt") as temporary:
-        temporary.write_text("\n".join(images) + "\n", encoding="utf-8")
+        temporary.write_text("\n".join(map(printable, images)) + "\n", encoding="utf-8")
     return f"the {len(images)} images of its batch are listed in {shown(run.folder / 'diverged.txt')}"
 
 

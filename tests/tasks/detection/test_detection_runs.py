@@ -7,7 +7,10 @@ import csv
 import dataclasses
 import io
 import json
+import os
+import shlex
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,10 @@ import epsanet
 from epsanet import cli
 from epsanet.data.coco import CocoSamples, read_rle
 from epsanet.data.config import DataConfig
-from epsanet.network.detectors import load_detector
+from epsanet.network.detectors import PastedMasks, load_detector
 from epsanet.tasks.config import OptimizerConfig, ScheduleConfig, TrainConfig, load_recipe, recipe_names
 from epsanet.tasks.detection.evaluate import evaluate_detector
-from epsanet.tasks.detection.predict import detect
+from epsanet.tasks.detection.predict import detect, draw
 from epsanet.tasks.train import TrainResult, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in pycocotools
@@ -47,13 +50,30 @@ def config(data: Path, output: Path, epochs: int = 2) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return coco_folder(tmp_path_factory.mktemp("objects"))
+    """The last image to validate on stands upright; the others lie."""
+    folder = coco_folder(tmp_path_factory.mktemp("objects"))
+    file = folder / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    content["images"][-1].update(width=40, height=90)
+    file.write_text(json.dumps(content))
+    Image.effect_noise((40, 90), 60).convert("RGB").save(folder / "val" / "5.png")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """Trained once; tests read it and change nothing in it."""
-    return train(config(data, tmp_path_factory.mktemp("runs") / "run"))
+def recorded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, str]:
+    """A run and what it printed; trained once, tests read it and change nothing in it."""
+    from epsanet.tasks import console
+
+    text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console.console, "_file", text)
+        return train(config(data, tmp_path_factory.mktemp("runs") / "run")), text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(recorded: tuple[TrainResult, str]) -> TrainResult:
+    return recorded[0]
 
 
 @pytest.fixture
@@ -122,6 +142,57 @@ def test_training_evaluation_and_prediction_agree(trained: TrainResult, data: Pa
         assert found.masks is not None
         for mask, wanted_mask in zip(found.masks, own["masks"], strict=True):
             assert np.mean(read_rle(mask, found.height, found.width) != wanted_mask.numpy()) < 1e-3
+
+
+def test_the_evaluation_that_a_run_advises_gives_its_own_numbers(recorded: tuple[TrainResult, str], said: Any) -> None:
+    result, printed = recorded
+    (line,) = (line for line in printed.splitlines() if line.startswith("evaluate  "))
+    words = shlex.split(line)
+    assert words[1:3] == ["epsanet", "evaluate"]
+    assert words[-4:] == ["--split", "val", "--device", "cpu"]
+    code, output, _ = said(*words[2:], "--json", "--data.workers=0")
+    assert code == 0
+    assert json.loads(output[output.index("{\n") :]) == result.evaluation.as_dict()
+
+
+def test_what_is_found_in_an_image_does_not_depend_on_those_beside_it(
+    trained: TrainResult, data: Path, tmp_path: Path
+) -> None:
+    """An upright image, and one that cannot be read; to the last bit."""
+    model = load_detector(trained.model)
+    (tmp_path / "broken.png").write_bytes(b"words")
+    paths = [data / "val" / "5.png", data / "val" / "0.png", tmp_path / "broken.png", data / "val" / "1.png"]
+    alone = [row for path in paths for row in detect(model, [path], score_thresh=0.02, device="cpu", note=[].append)]
+    for size in (2, 4):
+        assert list(detect(model, paths, score_thresh=0.02, batch_size=size, device="cpu", note=[].append)) == alone
+    assert [bool(row.error) for row in alone] == [False, False, True, False]
+    assert sum(len(row.boxes) for row in alone) > 3
+
+
+def test_masks_of_an_image_are_never_all_in_memory(
+    trained: TrainResult, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 megapixels, a hundred would take 6.4 GB."""
+    living: list[weakref.ref[torch.Tensor]] = []
+    original = PastedMasks.__getitem__
+
+    def drawn(self: PastedMasks, place: int) -> torch.Tensor:
+        assert sum(one() is not None for one in living) <= 1
+        mask = original(self, place)
+        living.append(weakref.ref(mask))
+        return mask
+
+    def together(_: PastedMasks) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(PastedMasks, "__getitem__", drawn)
+    monkeypatch.setattr(PastedMasks, "together", together)
+    for row in detect(trained.model, [data / "val"], score_thresh=0.02, device="cpu"):
+        draw(row)
+    assert len(living) > 3
+    found = len(living)
+    evaluate_detector(trained.model, DataConfig(source=str(data), workers=0), device="cpu")
+    assert len(living) > found
 
 
 def test_the_backbone_is_optimised_on_cpus_and_nothing_is_where_the_reference_is_asked_for(
@@ -236,6 +307,31 @@ def test_commands_tell_a_detector_from_its_folder(trained: TrainResult, data: Pa
     assert {path.name for path in pictures.iterdir()} == {f"{number}.png" for number in range(6)}
 
 
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+def test_a_file_name_that_is_no_utf_8_is_written_as_it_can_be(
+    suffix: str, trained: TrainResult, data: Path, tmp_path: Path, said: Any
+) -> None:
+    strange = tmp_path / "images" / os.fsdecode(b"caf\xe9.png")
+    strange.parent.mkdir()
+    shutil.copy(data / "val" / "0.png", strange)
+    (tmp_path / "images" / os.fsdecode(b"\xff.png")).write_bytes(b"words")
+    words = ["predict", str(trained.model), str(tmp_path / "images"), "--score_thresh=0.02", "--device=cpu"]
+    path, pictures = tmp_path / f"found.{suffix}", tmp_path / "drawn"
+    code, _, _ = said(*words, f"--output={path}", f"--pictures={pictures}")
+    assert code == 0
+    assert [os.fsencode(picture.name) for picture in pictures.iterdir()] == [b"caf\xe9.png"]
+    if suffix == "parquet":
+        import pandas
+
+        names = list(pandas.read_parquet(path)["image"])
+    elif suffix == "json":
+        names = [image["image"] for image in json.loads(path.read_text())]
+    else:
+        with path.open(newline="", encoding="utf-8") as file:
+            names = [row["image"] for row in csv.DictReader(file)]
+    assert set(names) == {f"{tmp_path}/images/{name}.png" for name in ("caf\\xe9", "\\xff")}
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
 def test_tables_hold_what_was_found(suffix: str, trained: TrainResult, data: Path, tmp_path: Path) -> None:
     from epsanet.tasks.detection.predict import write_detections
@@ -255,7 +351,7 @@ def test_tables_hold_what_was_found(suffix: str, trained: TrainResult, data: Pat
             for image in content
             for one in image["detections"]
         ]
-        assert [image["width"] for image in content] == [64] * 6
+        assert [image["width"] for image in content] == [64] * 5 + [40]
     else:
         import pandas
 

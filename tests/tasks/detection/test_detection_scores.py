@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import io
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from detecting import detector
 from making import real_data
 
 from epsanet.data.coco import CocoSamples
+from epsanet.tasks.detection.figures import colours, drawn
 from epsanet.tasks.detection.results import write_coco_results
-from epsanet.tasks.detection.scores import DetectionEvaluation, DetectionScore
+from epsanet.tasks.detection.scores import DetectionEvaluation, DetectionScore, encode_masks
 
 NUMBERS = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
 NUMBERS += ["ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"]
@@ -144,6 +147,49 @@ def test_no_predictions_score_zero_and_no_objects_minus_one(samples: CocoSamples
     assert {getattr(nothing.mask, name) for name in NUMBERS} == {-1}
     assert nothing.objects == 0
     assert nothing.box.per_class == {}
+
+
+def test_masks_are_encoded_as_pycocotools_encodes_them_in_the_order_asked_for(samples: CocoSamples) -> None:
+    from pycocotools import mask as reference
+
+    masks = max((target["masks"] for target in targets(samples)), key=len)[:2].bool()
+    wanted = [reference.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8)) for mask in masks]
+    wanted = [{"size": one["size"], "counts": one["counts"].decode()} for one in wanted]
+    assert list(encode_masks(masks)) == wanted
+    assert list(encode_masks(masks, torch.tensor([1, 0]))) == [wanted[1], wanted[0]]
+    assert encode_masks(masks[:0]) == ()
+
+
+@pytest.mark.parametrize("size", [(300, 400), (50, 70)])
+def test_masks_are_drawn_as_torchvision_draws_them(size: tuple[int, int]) -> None:
+    """The same pixels outside of boxes and names, whether the masks come together or one by one; enlarged too."""
+    from torchvision.utils import draw_segmentation_masks
+
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(3, *size, dtype=torch.bool)
+    masks[0, 20:40, 20:60] = masks[1, 30:48, 40:64] = masks[2, 25:35, 10:50] = True
+    found = {**objects([[0.0, 0, 2, 2]] * 3, [0, 1, 1]), "masks": masks}
+    names = ["x", "y"]
+    factor = 1 if size[0] > 240 else 5
+    plain = drawn(image, {**found, "masks": None}, names)
+    colours_of_masks = [colours(names)[label] for label in (0, 1, 1)]
+    large = masks.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    pixels = (image * 255).round().to(torch.uint8).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    wanted = draw_segmentation_masks(pixels, large, alpha=0.45, colors=colours_of_masks)
+    outside = (plain == pixels).all(dim=0)
+    assert outside.float().mean() > 0.7
+
+    def one_by_one() -> Iterator[torch.Tensor]:
+        living: list[weakref.ref[torch.Tensor]] = []
+        for mask in masks:
+            assert sum(other() is not None for other in living) <= 1
+            copy = mask.clone()
+            living.append(weakref.ref(copy))
+            yield copy
+            del copy
+
+    for given in (masks, one_by_one(), masks.to(torch.uint8)):
+        assert torch.equal(drawn(image, {**found, "masks": given}, names)[:, outside], wanted[:, outside])
 
 
 def test_the_order_of_the_batches_does_not_matter(samples: CocoSamples) -> None:

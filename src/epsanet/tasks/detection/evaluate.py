@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def evaluate_detector(
 
     Args:
         model: a model or run folder, or a loaded detector.
-        data: the data set; its classes are matched to the detector's by name.
+        data: the data set; its classes are matched to the detector's by name. Its ``batch_size`` is not used.
         split: train, val or test; test where there is one, else val, when left out.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: Lightning's name of the arithmetic.
@@ -59,11 +60,11 @@ def evaluate_detector(
     require("faster_coco_eval", "detection")
     loaded = agree(lambda: model if isinstance(model, LoadedDetector) else load_detector(model))
     wanted = loaded.model.config.has_masks
-    samples = first(lambda: _open(data, split, loaded.class_names, masks=wanted))
-    masks = wanted and samples.has_masks
+    samples, masks = first(lambda: _open(data, split, loaded.class_names, masks=wanted))
     if wanted and not masks:
         note(f"{data.source} has no masks; boxes alone are compared")
-    loader = detection_evaluation_loader(samples, data, masks=masks)
+    # A detector looks at one image at a time, and photographs are loaded at their full size.
+    loader = detection_evaluation_loader(samples, dataclasses.replace(data, batch_size=1), masks=masks)
     network = agree(lambda: inference_detector(loaded.model, processes.device, precision, note))
     module = DetectorModule(network, loaded.class_names, masks=masks)
     evaluation: DetectionEvaluation = evaluate_module(module, loader, processes, precision)
@@ -73,11 +74,12 @@ def evaluate_detector(
     return evaluation
 
 
-def _open(data: DataConfig, split: str | None, class_names: list[str], *, masks: bool) -> DetectionSamples:
+def _open(data: DataConfig, split: str | None, class_names: list[str], *, masks: bool) -> tuple[DetectionSamples, bool]:
+    """The split, and whether masks are compared: where the detector has them and the data set too."""
     if data.source != DIGITS_DETECTION:
-        samples, report = open_coco_split(data, split, class_names, masks=masks, progress=tracked)
+        samples, report, masks = open_coco_split(data, split, class_names, masks=masks, progress=tracked)
         say_problems(report)
-        return samples
+        return samples, masks
     splits = open_digits_scenes(data)
     found: DetectionSamples | None = (
         getattr(splits, split or "test", None) if split in (None, "train", "val", "test") else None
@@ -86,4 +88,4 @@ def _open(data: DataConfig, split: str | None, class_names: list[str], *, masks:
         raise ValueError(f"{data.source} has no split {split!r} but train, val, test; choose one with --split")
     if splits.class_names != class_names:
         raise ValueError(f"the detector knows {', '.join(class_names[:5])}, not the classes of {data.source}")
-    return found
+    return found, masks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes
 
 from epsanet.tasks.detection.scores import IOU_THRESHOLD, SCORE_THRESHOLD, DetectionEvaluation
 from epsanet.tasks.figures import Line, Panel, save_figure, save_matrix, save_panels, save_pictures
@@ -30,6 +30,8 @@ _NAMED_CLASSES = 30
 _SCENES = 12
 _LEAST_SIDE = 240
 """Smaller images are enlarged until a name fits in."""
+_OPACITY = 0.45
+"""Of masks."""
 
 
 def colours(class_names: Sequence[str]) -> list[tuple[int, int, int]]:
@@ -43,13 +45,13 @@ def colours(class_names: Sequence[str]) -> list[tuple[int, int, int]]:
     ]
 
 
-def drawn(image: Tensor, objects: Mapping[str, Tensor], class_names: Sequence[str]) -> Tensor:
+def drawn(image: Tensor, objects: Mapping[str, Any], class_names: Sequence[str]) -> Tensor:
     """An image with boxes, names, scores and masks, by torchvision.
 
     Args:
         image: values 0 to 1, shape ``3, H, W``.
         objects: ``boxes`` of shape ``K, 4``, ``labels`` of shape ``K``, and where there are ``scores`` of shape ``K``
-            and ``masks`` of shape ``K, H, W``.
+            and ``masks``, ``K`` of shape ``H, W``, which are taken one at a time.
         class_names: of the labels.
 
     Returns:
@@ -62,7 +64,6 @@ def drawn(image: Tensor, objects: Mapping[str, Tensor], class_names: Sequence[st
         size = [factor * side for side in picture.shape[-2:]]
         picture = F.resize(picture, size, interpolation=F.InterpolationMode.NEAREST)
         boxes = boxes * factor
-        masks = masks.repeat_interleave(factor, -1).repeat_interleave(factor, -2) if masks is not None else None
     if not len(boxes):
         return picture
     palette = colours(class_names)
@@ -71,11 +72,26 @@ def drawn(image: Tensor, objects: Mapping[str, Tensor], class_names: Sequence[st
     if "scores" in objects:
         names = [f"{name} {score:.2f}" for name, score in zip(names, objects["scores"].tolist(), strict=True)]
     if masks is not None:
-        picture = draw_segmentation_masks(picture, masks.bool(), alpha=0.45, colors=chosen)
+        picture = _with_masks(picture, masks, chosen, factor)
     width = max(2, min(picture.shape[-2:]) // 250)
     return draw_bounding_boxes(
         picture, boxes, names, colors=chosen, width=width, label_colors="white", fill_labels=True
     )
+
+
+def _with_masks(
+    picture: Tensor, masks: Iterable[Tensor], chosen: Sequence[tuple[int, int, int]], factor: int
+) -> Tensor:
+    """What torchvision's ``draw_segmentation_masks`` draws, without all masks at once: black where two meet."""
+    layer = picture.clone()
+    once, twice = torch.zeros(2, *picture.shape[-2:], dtype=torch.bool)
+    for mask, colour in zip(masks, chosen, strict=True):
+        mask = mask.bool().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        layer[:, mask] = torch.tensor(colour, dtype=torch.uint8)[:, None]
+        twice |= once & mask
+        once |= mask
+    layer[:, twice] = 0
+    return (picture * (1 - _OPACITY) + layer * _OPACITY).to(torch.uint8)
 
 
 def save_scenes(

@@ -70,7 +70,7 @@ class DetectorModule(TaskModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         images, targets, positions = batch
-        self.score.update(self(images), targets, positions)
+        self.score.update(self.model.detect(images), targets, positions)
         if self.config is not None:  # in training; the loss is of no use to who evaluates
             trained_on = [{key: value[target["iscrowd"] == 0] for key, value in target.items()} for target in targets]
             with seeded(self.config.seed, int(positions[0])):  # which anchors and regions count is drawn

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from epsanet._files import atomic_file
 from epsanet.data.coco import read_rle
-from epsanet.data.images import ImageError, read_image
+from epsanet.data.images import ImageError, printable, read_image
 from epsanet.data.sources import require
 from epsanet.network.detectors import Detector, LoadedDetector, load_detector
 from epsanet.tasks.console import messages
@@ -34,7 +34,9 @@ class Detections:
     """What was found in one image, best first, or why it could not be read."""
 
     image: str
-    """Its path."""
+    """Its path, printable: bytes that are no UTF-8 appear as ``\\xff``."""
+    path: str
+    """Its path as the system has it."""
     width: int = 0
     """In pixels, after EXIF orientation."""
     height: int = 0
@@ -96,7 +98,7 @@ def detect(
         model: a model or run folder of detection training, or a loaded detector.
         images: files, folders or glob patterns.
         score_thresh: the least score; what is below ``score_thresh`` of the detector itself is never found.
-        batch_size: images at a time.
+        batch_size: images that are read at a time; the detector looks at each alone.
         workers: processes that read images.
         device: auto, cpu, cuda, cuda:N or mps.
         note: told what the user should know: that the backbone was optimised.
@@ -133,7 +135,7 @@ def detect_with(
         class_names: of its labels.
         paths: of the images.
         score_thresh: the least score.
-        batch_size: images at a time.
+        batch_size: images that are read at a time; the detector looks at each alone.
         workers: processes that read images.
         device: where the detector is.
     """
@@ -141,27 +143,25 @@ def detect_with(
     for batch in loader:
         images = [image.to(device) for image, _, _ in batch if image is not None]
         with torch.inference_mode():
-            found = iter(network(images) if images else [])
+            found = iter(network.detect(images))
         for image, path, error in batch:
             if image is None:
-                yield Detections(image=path, error=error)
+                yield Detections(image=printable(path), path=path, error=error)
             else:
                 yield _named(path, image, next(found), score_thresh, class_names)
 
 
-def _named(
-    path: str, image: Tensor, found: dict[str, Tensor], score_thresh: float, class_names: list[str]
-) -> Detections:
-    kept = found["scores"] >= score_thresh
-    found = {key: value[kept].cpu() for key, value in found.items()}
+def _named(path: str, image: Tensor, found: dict[str, Any], score_thresh: float, class_names: list[str]) -> Detections:
+    kept = (found["scores"] >= score_thresh).nonzero()[:, 0]
     return Detections(
-        image=path,
+        image=printable(path),
+        path=path,
         width=image.shape[-1],
         height=image.shape[-2],
-        classes=tuple(class_names[label] for label in found["labels"].tolist()),
-        scores=tuple(found["scores"].tolist()),
-        boxes=tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in found["boxes"].tolist()),
-        masks=encode_masks(found["masks"]) if "masks" in found else None,
+        classes=tuple(class_names[label] for label in found["labels"][kept].tolist()),
+        scores=tuple(found["scores"][kept].tolist()),
+        boxes=tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in found["boxes"][kept].tolist()),
+        masks=encode_masks(found["masks"], kept) if "masks" in found else None,
         class_names=tuple(class_names),
     )
 
@@ -176,7 +176,7 @@ def draw_detections(folder: str | Path, rows: Iterable[Detections]) -> Iterator[
     taken: set[str] = set()
     for row in rows:
         if not row.error:
-            stem, number = Path(row.image).stem, 1
+            stem, number = Path(row.path).stem, 1
             while (name := stem if number == 1 else f"{stem}-{number}") in taken:
                 number += 1
             taken.add(name)
@@ -187,14 +187,14 @@ def draw_detections(folder: str | Path, rows: Iterable[Detections]) -> Iterator[
 
 def draw(row: Detections) -> Image.Image:
     """The image of a row, with boxes, masks, names and scores; a small one is enlarged."""
-    objects = {
+    objects: dict[str, Any] = {
         "boxes": torch.tensor(row.boxes, dtype=torch.float32).reshape(-1, 4),
         "scores": torch.tensor(row.scores),
         "labels": torch.tensor([row.class_names.index(name) for name in row.classes], dtype=torch.int64),
     }
     if row.masks:
-        objects["masks"] = torch.from_numpy(np.stack([read_rle(mask, row.height, row.width) for mask in row.masks]))
-    picture = drawn(_as_tensor(row.image), objects, row.class_names)
+        objects["masks"] = (torch.from_numpy(read_rle(mask, row.height, row.width)) for mask in row.masks)
+    picture = drawn(_as_tensor(row.path), objects, row.class_names)
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
 

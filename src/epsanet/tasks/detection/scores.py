@@ -15,6 +15,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert, box_iou
 
 from epsanet._processes import gather
+from epsanet.network.detectors import PastedMasks
 
 __all__ = ["Averages", "DetectionEvaluation", "DetectionScore", "ImageResult", "encode_masks"]
 
@@ -147,18 +148,18 @@ class DetectionScore(nn.Module):
         self._results: list[tuple[ImageResult, dict[str, Any], np.ndarray]] = []
 
     def update(
-        self, detections: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Tensor]], positions: Tensor
+        self, detections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Tensor]], positions: Tensor
     ) -> None:
         """Count a batch.
 
         Args:
-            detections: of the detector, one dict an image.
+            detections: of the detector, one dict an image; masks may be ``PastedMasks``.
             targets: objects of the data set, one dict an image, crowd regions among them.
             positions: of the images in their split.
         """
         for detection, target, position in zip(detections, targets, positions.tolist(), strict=True):
             order = detection["scores"].argsort(descending=True, stable=True)
-            found = {key: value[order].detach().cpu() for key, value in detection.items()}
+            found = {key: detection[key][order].detach().cpu() for key in ("boxes", "scores", "labels")}
             wanted = {key: value.detach().cpu() for key, value in target.items()}
             confusion, missed, invented, confused = _confusion(found, wanted, self.num_classes)
             result = ImageResult(
@@ -166,7 +167,7 @@ class DetectionScore(nn.Module):
                 boxes=found["boxes"].float(),
                 scores=found["scores"].float(),
                 labels=found["labels"],
-                masks=encode_masks(found["masks"]) if "masks" in found else None,
+                masks=encode_masks(detection["masks"], order) if "masks" in detection else None,
                 missed=missed,
                 invented=invented,
                 confused=confused,
@@ -193,18 +194,22 @@ class DetectionScore(nn.Module):
         )
 
 
-def encode_masks(masks: Tensor) -> tuple[dict[str, Any], ...]:
-    """COCO's compressed run-length encoding of masks of shape ``D, H, W``, counts as text."""
+def encode_masks(masks: Tensor | PastedMasks, places: Tensor | None = None) -> tuple[dict[str, Any], ...]:
+    """COCO's compressed run-length encoding of masks, counts as text; one mask at a time.
+
+    Args:
+        masks: ``D`` of shape ``H, W``.
+        places: of those that are wanted, in this order; all when left out.
+    """
     from faster_coco_eval.core import mask
 
-    encoded = (mask.encode(np.asfortranarray(one)) for one in masks.numpy().astype(np.uint8))
-    return tuple(
-        {
-            "size": [int(side) for side in rle["size"]],
-            "counts": rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"],
-        }
-        for rle in encoded
-    )
+    encoded = []
+    for place in range(len(masks)) if places is None else places.tolist():
+        pixels = masks[place].cpu().numpy().astype(np.uint8, order="F")
+        rle = mask.encode(pixels)
+        counts = rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
+        encoded.append({"size": [int(side) for side in rle["size"]], "counts": counts})
+    return tuple(encoded)
 
 
 def _confusion(
