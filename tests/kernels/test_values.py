@@ -192,8 +192,9 @@ def test_random_layers_agree_with_float64(
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
-@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.usefixtures("instruction_set", "threads")
 def test_repeated_runs_give_the_same_bits(batch: int) -> None:
+    """Also when threads race; how many they are changes nothing but the order in which weight gradients are summed."""
     torch.manual_seed(0)
     for layer in (
         Layer(64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 1, False),
@@ -201,11 +202,17 @@ def test_repeated_runs_give_the_same_bits(batch: int) -> None:
     ):
         x = torch.randn(batch, layer.in_channels, 20, 20, requires_grad=True)
         weights = [weight.requires_grad_() for weight in make_weights(layer)]
-        runs = []
-        for _ in range(3):
-            features, sums = kernels.pyramid_convolution(x, weights, layer.groups, 1, False)
-            runs.append([features, sums, *torch.autograd.grad(features.square().sum() + sums.sum(), [x, *weights])])
-        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+        alone: list[Tensor] = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            runs = []
+            for _ in range(3):
+                features, sums = kernels.pyramid_convolution(x, weights, layer.groups, 1, False)
+                dy, dsums = 2 * features.detach(), torch.ones_like(sums)
+                runs.append([features, sums, *torch.autograd.grad([features, sums], [x, *weights], [dy, dsums])])
+            alone = alone or runs[0]
+            assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(runs[0][:3], alone[:3], strict=True))
 
 
 @pytest.mark.usefixtures("instruction_set")

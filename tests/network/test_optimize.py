@@ -12,7 +12,7 @@ from trained import trained_looking
 
 import epsanet.network.epsanet  # noqa: F401 - registers the variants
 from epsanet import PSA, kernels, optimize
-from epsanet.network.optimize import _Attention
+from epsanet.network.optimize import _Attention, _NativeConvolution
 
 
 def images(name: str, batch: int) -> Tensor:
@@ -125,7 +125,11 @@ def test_a_model_in_training_mode_stays_so_and_is_optimised_for_evaluation() -> 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_inference_network_gives_the_same_logits_also_for_other_shapes() -> None:
-    model = trained_looking("epsanet14_tiny")
+    """Of one block: with more of them, the compiler has the same kernels to make more often."""
+    whole = trained_looking("epsanet14_tiny")
+    (block,) = whole.layer1
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(whole.feature_info[1]["num_chs"], 17)
+    model = nn.Sequential(whole.conv1, whole.bn1, whole.act1, block, *head).eval()
     optimized = optimize(model, images("epsanet14_tiny", 4), compile=True)
     check_same_logits(model, optimized, images("epsanet14_tiny", 4))
     check_same_logits(model, optimized, torch.randn(3, 3, 40, 40))
@@ -141,4 +145,103 @@ def test_a_sum_that_broadcasts_is_left_as_it_is() -> None:
             return (self.conv(x) + self.pool(x)).mean((2, 3))
 
     model, x = Broadcasting().eval(), torch.randn(2, 3, 9, 9)
+    check_same_logits(model, optimize(model, x), x)
+
+
+class Around(nn.Module):
+    """A PSA module with what stands before and after it in a block; how they are called differs."""
+
+    def __init__(self, calls: str = "") -> None:
+        super().__init__()
+        self.calls = calls
+        self.before, self.other, self.psa = nn.Conv2d(3, 64, 1), nn.Conv2d(3, 64, 1), PSA(64)
+        self.bn, self.relu, self.after = nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1)
+        nn.init.normal_(self.bn.weight)
+        nn.init.normal_(self.bn.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.calls == "keyword":
+            y = self.relu(input=self.bn(input=self.psa(x_NCHW=self.before(input=x))))
+            return self.after(input=y).mean((2, 3))
+        y = self.before(x)
+        if self.calls == "twice":
+            y = self.psa(y)
+        z = self.after(self.relu(self.bn(self.psa(y))))
+        if self.calls == "reader":
+            z = z + self.after(self.other(x))
+        if self.calls == "weight":
+            z = z + nn.functional.conv2d(self.other(x), self.after.weight)
+        return z.mean((2, 3))
+
+
+@pytest.mark.parametrize("calls", ["", "twice", "reader", "weight", "keyword"])
+def test_layers_may_be_called_twice_shared_and_called_by_keyword(calls: str) -> None:
+    model, x = Around(calls).eval(), torch.randn(2, 3, 9, 9)
+    optimized = optimize(model, x)
+    check_same_logits(model, optimized, x)
+    if kernels.available():
+        ordered = [layer.ordered for layer in optimized.modules() if isinstance(layer, _Attention)]
+        assert ordered == {"twice": [], "reader": [False], "weight": [False]}.get(calls, [True])
+
+
+@pytest.mark.parametrize("watched", ["before", "psa", "psa.spc.branches.1", "bn", "relu", "after"])
+def test_a_layer_that_is_watched_is_still_called(watched: str) -> None:
+    model, x, seen = Around().eval(), torch.randn(2, 3, 9, 9), []
+    model.get_submodule(watched).register_forward_hook(lambda *_: seen.append(watched))
+    optimized = optimize(model, x)
+    seen.clear()
+    optimized(x)
+    assert seen == [watched]
+    check_same_logits(model, optimized, x)
+
+
+def test_changed_branches_stay_as_they_are() -> None:
+    x = torch.randn(2, 3, 9, 9)
+    for branch in (
+        nn.Conv2d(64, 16, 5, padding=2, groups=4),
+        nn.Conv2d(64, 16, 5, padding=2, groups=4, bias=False, padding_mode="circular"),
+        nn.Conv2d(64, 16, 5, padding=4, dilation=2, groups=4, bias=False),
+        nn.Sequential(nn.Conv2d(64, 16, 5, padding=2, groups=4, bias=False)),
+    ):
+        model = Around().eval()
+        model.psa.spc.branches[1] = branch
+        with kernels.use("reference"), torch.no_grad():
+            expected = model(x)
+        torch.testing.assert_close(optimize(model, x)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_batch_gives_no_logits() -> None:
+    for model in (Around().eval(), trained_looking("epsanet14_tiny"), trained_looking("resnet18")):
+        x = images("tiny", 2)
+        optimized = optimize(model, x)
+        with torch.no_grad():
+            assert optimized(x[:0]).shape == model(x[:0]).shape
+
+
+def test_the_reference_has_none_of_the_kernels() -> None:
+    model, x = Around().eval(), torch.randn(2, 3, 9, 9)
+    with kernels.use("reference"):
+        optimized = optimize(model, x)
+        assert not any(isinstance(layer, _Attention | _NativeConvolution) for layer in optimized.modules())
+        check_same_logits(model, optimized, x)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="built without the native kernels")
+def test_kernels_that_compute_something_else_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Around().eval(), torch.randn(2, 3, 9, 9)
+    model.psa.softmax = "none"  # an ablation's, whose module stays and calls the kernels itself
+    right = kernels.pyramid_convolution
+    monkeypatch.setattr(kernels, "pyramid_convolution", lambda *layer: [2 * part for part in right(*layer)])
+    with pytest.raises(ValueError, match="outputs differ"):
+        optimize(model, x)
+
+
+def test_a_network_that_asserts_what_its_input_is_cannot_be_traced_and_is_still_served() -> None:
+    class Asserting(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(x, Tensor)
+            assert len(x) > 0
+            return super().forward(x)
+
+    model, x = Asserting().eval(), torch.randn(2, 3, 9, 9)
     check_same_logits(model, optimize(model, x), x)

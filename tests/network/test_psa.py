@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import longhand
@@ -13,6 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from epsanet import kernels
 from epsanet.network.psa import PSA, SPC, SEWeight, fit_groups, psa_like, scale_attention, squeeze_excite_weight
 
 MODES = ("multiplex", "split")
@@ -307,6 +309,57 @@ def test_psa_like_takes_the_convolutions_channels_stride_dilation_type_and_group
 def test_psa_like_reduces_groups_that_a_narrow_convolution_cannot_hold() -> None:
     assert [b.groups for b in psa_like(nn.Conv2d(16, 16, 3)).spc.branches] == [1, 4, 4, 4]
     assert [b.groups for b in psa_like(nn.Conv2d(24, 24, 3)).spc.branches] == [1, 2, 2, 2]
+
+
+# --- branches that someone has changed ------------------------------------------------------------------------------
+
+CHANGED: dict[str, tuple[nn.Module, str]] = {
+    "a bias": (nn.Conv2d(64, 16, 5, padding=2, groups=4), "5×5 branch has a bias"),
+    "circular padding": (
+        nn.Conv2d(64, 16, 5, padding=2, groups=4, bias=False, padding_mode="circular"),
+        "another padding",
+    ),
+    "a dilation of its own": (
+        nn.Conv2d(64, 16, 5, padding=4, dilation=2, groups=4, bias=False),
+        "another padding, stride or dilation",
+    ),
+    "a long kernel": (nn.Conv2d(64, 16, (5, 3), padding=(2, 1), groups=4, bias=False), "another padding"),
+    "a wrapper": (nn.Sequential(nn.Conv2d(64, 16, 5, padding=2, groups=4)), "has been wrapped"),
+}
+
+
+@pytest.mark.parametrize(("branch", "reason"), CHANGED.values(), ids=CHANGED)
+def test_a_changed_branch_is_computed_as_it_says_and_refused_by_the_kernels(branch: nn.Module, reason: str) -> None:
+    spc, x = SPC(64, 64), torch.randn(2, 64, 7, 6)
+    spc.branches[1] = branch
+    expected = torch.stack([branch(x) for branch in spc.branches], dim=1)
+    torch.testing.assert_close(spc(x), expected)
+    torch.testing.assert_close(spc.forward_and_squeeze(x)[1], expected.mean((-2, -1)))
+    if kernels.available():
+        with kernels.use("native"), pytest.raises(ValueError, match=reason):
+            spc(x)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="built without the native kernels")
+@pytest.mark.parametrize(
+    "watch",
+    [
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+    ],
+)
+def test_a_watched_branch_is_called_and_refused_by_the_kernels(watch: Callable[..., Any]) -> None:
+    spc, x, seen = SPC(64, 64), torch.randn(2, 64, 7, 6), []
+    handle = watch(spc.branches[2], lambda *_: seen.append("called"))
+    spc(x).sum().backward()
+    assert seen == ["called"]
+    with kernels.use("native"):
+        with pytest.raises(ValueError, match="has a hook"):
+            spc(x)
+        handle.remove()
+        spc(x)
 
 
 # --- what cannot be built -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Literal, get_args
 
@@ -35,14 +36,21 @@ def _checked(choice: str) -> Choice:
     raise ValueError(f"kernels {choice!r} are unknown; use {' or '.join(map(repr, get_args(Choice)))}")
 
 
-_choice: Choice = _checked(os.environ.get(_CHOICE_VARIABLE, "auto"))
+# What plain calls of `use` chose, by whom; the last one counts, the environment's comes first.
+_defaults: list[tuple[Choice, object]] = [(_checked(os.environ.get(_CHOICE_VARIABLE, "auto")), None)]
+# The choices of the with blocks that this thread (or this task) is in.
+_entered: ContextVar[tuple[Choice, ...]] = ContextVar("entered", default=())
+# What torch.compile looks at, and compiles anew for when it changes; not every torch sees into a ContextVar.
+_when_compiling: Choice = _defaults[0][0]
 _said_missing = False
 
 
 class use:  # noqa: N801 - called like a function, and entered where the choice is to end
-    """Choose the implementation of PSA's convolutions, for good or for a ``with`` block.
+    """Choose the implementation of PSA's convolutions, for the whole process or for a ``with`` block.
 
-    The environment variable ``EPSANET_KERNELS`` sets the choice that a process starts with.
+    A plain call chooses for all threads that are in no ``with`` block, until the next plain call. A block chooses for
+    its own thread only. A backward pass takes what its forward pass took. The environment variable ``EPSANET_KERNELS``
+    sets the choice that a process starts with.
 
     Args:
         choice: ``"auto"`` takes the native kernels where they serve; ``"native"`` insists on them; ``"reference"``
@@ -54,26 +62,40 @@ class use:  # noqa: N801 - called like a function, and entered where the choice 
     """
 
     def __init__(self, choice: Choice) -> None:
-        global _choice
-        chosen = _checked(choice)
-        if chosen == "native" and native is None:
+        self._choice = _checked(choice)
+        if self._choice == "native" and native is None:
             raise ValueError(f"the native kernels are not in this installation ({_missing}); use 'auto'")
-        self._before = _choice
-        _choice = chosen
+        # Nothing tells a plain call from one whose block follows at once; the block takes its default back.
+        self._default = (self._choice, self)
+        _defaults.append(self._default)
+        _tell_compiler()
 
     def __enter__(self) -> None:
-        return None
+        if self._default in _defaults:
+            _defaults.remove(self._default)
+        _entered.set((*_entered.get(), self._choice))
+        _tell_compiler()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _choice
-        _choice = self._before
+        _entered.set(_entered.get()[:-1])
+        _tell_compiler()
+
+
+def _in_force() -> Choice:
+    entered = _entered.get()
+    return entered[-1] if entered else _defaults[-1][0]
+
+
+def _tell_compiler() -> None:
+    global _when_compiling
+    _when_compiling = _in_force()
 
 
 def chosen() -> Choice:
     """The choice in force."""
-    return _choice
+    return _when_compiling if torch.compiler.is_compiling() else _in_force()
 
 
 def say_missing() -> None:
@@ -83,7 +105,8 @@ def say_missing() -> None:
         _said_missing = True
         warnings.warn(
             f"epsanet's native kernels are not in this installation ({_missing}); PSA uses torch's convolutions, "
-            "several times slower on CPUs. Reinstall epsanet where a C++ compiler is found.",
+            "several times slower on CPUs. Reinstall epsanet where GCC or Clang is found, with --no-cache-dir: pip "
+            "may have kept the package that it built without a compiler.",
             stacklevel=3,
         )
 

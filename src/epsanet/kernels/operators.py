@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -36,6 +37,7 @@ __all__ = [
 
 _MAX_KERNEL, _MAX_BRANCHES, _MAX_STRIDE = 31, 8, 8
 _LANES = 16
+_MISSING = "the native kernels are not in this installation"
 # From half a vector of images on, lanes of images beat lanes that too few groups leave empty.
 _IMAGES_WORTH_LANES = 8
 
@@ -44,8 +46,8 @@ def reason_against(
     x_NCHW: Tensor, weights: Sequence[Tensor], groups: Sequence[int], stride: int, dilation: int, split: bool
 ) -> str | None:
     """Why the native kernels cannot compute this layer, or None where they can."""
-    if choice.native is None:
-        return "the native kernels are not in this installation"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func (grad, vmap, jvp) is under way"
     for name, tensor in (("input", x_NCHW), *(("weight", weight) for weight in weights)):
         if tensor.device.type != "cpu":
             return f"the {name} is on device {tensor.device.type!r}, not 'cpu'"
@@ -53,6 +55,10 @@ def reason_against(
             return f"the {name} is {tensor.dtype}, not torch.float32"
         if tensor.dim() != 4:
             return f"the {name} has {tensor.dim()} dimensions, not 4"
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            return f"the {name} carries a tangent (forward-mode differentiation)"
+    if choice.native is None:
+        return _MISSING
     seen = weights[0].shape[1] * groups[0] * (len(weights) if split else 1)
     if x_NCHW.shape[1] != seen:
         return f"the input has {x_NCHW.shape[1]} channels, not {seen}"
@@ -79,10 +85,11 @@ def _layer_reason(kernel_sizes: tuple[int, ...], groups: tuple[int, ...], stride
     return None
 
 
-def serves(
-    x_NCHW: Tensor, weights: Sequence[Tensor], groups: Sequence[int], stride: int, dilation: int, split: bool
-) -> bool:
-    """Whether the native kernels are to compute this layer, by the choice of ``epsanet.kernels.use``.
+def serves(reason: str | None) -> bool:
+    """Whether the native kernels are to compute a layer, by the choice of ``epsanet.kernels.use``.
+
+    Args:
+        reason: why they cannot, as ``reason_against`` gives it.
 
     Raises:
         ValueError: when ``"native"`` is chosen and the kernels cannot; the message says why.
@@ -90,12 +97,11 @@ def serves(
     chosen = choice.chosen()
     if chosen == "reference":
         return False
-    reason = reason_against(x_NCHW, weights, groups, stride, dilation, split)
     if reason is None:
         return True
     if chosen == "native":
         raise ValueError(f"the native kernels cannot compute this layer: {reason}; use epsanet.kernels.use('auto')")
-    if choice.native is None and x_NCHW.device.type == "cpu":
+    if reason == _MISSING:
         choice.say_missing()
     return False
 
@@ -140,7 +146,7 @@ def _layer(
     lanes_are_images: bool,
 ) -> Layer:
     if choice.native is None:
-        raise ValueError("the native kernels are not in this installation; use epsanet.kernels.use('reference')")
+        raise ValueError(f"{_MISSING}; use epsanet.kernels.use('reference')")
     orders: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     if not lanes_are_images:
         orders = input_order(in_channels, groups, split), output_order(out_channels, groups, split)
@@ -171,14 +177,15 @@ class _Call:
         self.weights = [weight.detach().contiguous() for weight in weights]
         self.given_weights = weights
         kernel_sizes = tuple(weight.shape[-1] for weight in weights)
-        self.layer = _layer(in_channels, self.out_channels, kernel_sizes, tuple(groups), stride, split, self.images)
+        self.key = (in_channels, self.out_channels, kernel_sizes, tuple(groups), stride, split, self.images)
+        self.layer = _layer(*self.key)
         self.threads = torch.get_num_threads()
 
     def packed(self, backward: bool) -> Tensor:
         """The weights as the lanes want them, from the cache unless one of them has changed since."""
         # The version counter alone does not do: torch's fused optimisers leave it as it is.
         state = choice.native.fingerprint(self.weights)
-        first, key = self.given_weights[0], (id(self.layer), backward)
+        first, key = self.given_weights[0], (*self.key, backward)
         known = _packed_weights.get(first, {}).get(key)
         if known is not None and known[0] == state:
             return known[1]
@@ -188,7 +195,7 @@ class _Call:
         return packed
 
 
-_Packed = dict[tuple[int, bool], tuple[int, Tensor]]
+_Packed = dict[tuple[Any, ...], tuple[int, Tensor]]
 _packed_weights: MutableMapping[Tensor, _Packed] = WeakTensorKeyDictionary()  # by a layer's first weight
 
 
@@ -332,6 +339,8 @@ def pyramid_attention(
     batch, channels, height, width = x.shape
     layer = _layer(channels, scale.shape[0], tuple(kernel_sizes), tuple(groups), stride, split, False)
     y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), scale.shape[0])
+    if not y_NHWK.numel():
+        return y_NHWK.permute(0, 3, 1, 2)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = squeeze_excite
     layer.infer(
         _channels_last(x),
@@ -392,6 +401,8 @@ def fused_convolution(
     batch, channels, height, width = x.shape
     layer = _layer(channels, bias.shape[0], (kernel_size,), (1,), stride, False, False)
     y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), bias.shape[0])
+    if not y_NHWK.numel():
+        return y_NHWK.permute(0, 3, 1, 2)
     added = None if residual is None else _channels_last(residual)
     layer.infer_convolution(_channels_last(x), packed, bias, added, y_NHWK, relu, torch.get_num_threads())
     return y_NHWK.permute(0, 3, 1, 2)
@@ -429,12 +440,51 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor, dsums: Tensor) -> tuple[Any, ...]:
     x, *weights = ctx.saved_tensors
-    dx = dweights = None
+    if _batched(dy) or _batched(dsums):
+        return (*_torchs_gradients(dy, dsums, x, weights, *ctx.layer), None, None, None, None)
+    dx: Tensor | None = None
+    dweights: list[Any] = [None] * len(weights)
     if ctx.needs_input_grad[0]:
         dx = _input_gradient(dy, dsums, weights, x.shape[2], x.shape[3], x.shape[1], *ctx.layer)
     if any(weight.requires_grad for weight in weights):
         dweights = _weight_gradient(x, dy, dsums, weights, *ctx.layer)
     return (dx, dweights, None, None, None, None)
+
+
+def _batched(gradient: Tensor) -> bool:
+    """Whether this stands for many gradients at once, of a vectorised backward pass (``is_grads_batched``, vmap)."""
+    if torch.compiler.is_compiling():
+        return False  # and torch.compile cannot look into the questions below
+    kinds = torch._C._functorch
+    return kinds.is_batchedtensor(gradient) or kinds.is_legacy_batchedtensor(gradient)
+
+
+def _torchs_gradients(
+    dy: Tensor,
+    dsums: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    stride: int,
+    split: bool,
+    ordered: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Of input and weights, by torch's own operators, which any tensors can go through."""
+    dy = dy + dsums[..., None, None]
+    into = torch.tensor(input_order(x.shape[1], tuple(groups), split) if ordered else range(x.shape[1]))
+    out = torch.tensor(output_order(dy.shape[1], tuple(groups), split) if ordered else range(dy.shape[1]))
+    x, dy = x[:, into.argsort()], dy[:, out.argsort()]
+    dxs, dweights = [], []
+    shares = x.chunk(len(weights), 1) if split else (x,) * len(weights)
+    for share, dy_share, weight, count in zip(shares, dy.chunk(len(weights), 1), weights, groups, strict=True):
+        padding = weight.shape[-1] // 2
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            dy_share, share, weight, None, [stride], [padding], [1], False, [0], count, [True, True, False]
+        )
+        dxs.append(dx)
+        dweights.append(dweight)
+    dx = torch.cat(dxs, 1) if split else sum(dxs[1:], start=dxs[0])
+    return dx[:, into], dweights
 
 
 def _no_second_gradient(ctx: Any, *_: Any) -> Any:

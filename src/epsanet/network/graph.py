@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from epsanet.network.psa import PSA
+from epsanet.network.psa import PSA, hooked
 
 __all__ = ["Rewriter", "Tracer", "fold_norms", "foldable", "scale_and_shift"]
 
@@ -20,7 +21,13 @@ class Tracer(fx.Tracer):
         return isinstance(m, PSA) or super().is_leaf_module(m, module_qualified_name)
 
     def trace_module(self, model: nn.Module) -> fx.GraphModule:
-        return fx.GraphModule(model, self.trace(model))
+        network = fx.GraphModule(model, self.trace(model))
+        for node in network.graph.nodes:
+            if node.op == "call_module" and not node.args:  # bn(input=x) is bn(x)
+                first = next(iter(inspect.signature(model.get_submodule(node.target).forward).parameters), None)
+                node.args = tuple(value for name, value in node.kwargs.items() if name == first)
+                node.kwargs = {name: value for name, value in node.kwargs.items() if name != first}
+        return network
 
 
 class Rewriter:
@@ -42,18 +49,24 @@ class Rewriter:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         self.network.graph.erase_node(node)
 
+    def free(self, node: fx.Node) -> bool:
+        """Whether this is the only place that uses a layer or its weights, and no hook watches it."""
+        uses = [other for other in self.network.graph.nodes if other.op in ("call_module", "get_attr")]
+        places = sum(f"{other.target}.".startswith(f"{node.target}.") for other in uses)
+        layer = self.layer(node)
+        return layer is not None and not hooked(layer) and places == 1
+
     def only_user(self, node: fx.Node) -> fx.Node | None:
-        """The one place that uses a layer's result, when the layer is not called twice."""
-        calls = sum(other.op == "call_module" and other.target == node.target for other in self.network.graph.nodes)
-        return next(iter(node.users)) if len(node.users) == 1 and calls == 1 else None
+        """The one place that uses the result of a layer that is free."""
+        return next(iter(node.users)) if len(node.users) == 1 and self.free(node) else None
 
     def nodes(self, kind: type[nn.Module]) -> list[fx.Node]:
         return [node for node in self.network.graph.nodes if isinstance(self.layer(node), kind)]
 
 
 def foldable(norm: nn.Module | None) -> bool:
-    """Whether this is a batch norm with statistics, a constant scale and shift at inference."""
-    return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    """Whether this is a batch norm with statistics, a constant scale and shift at inference, that no hook watches."""
+    return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and not hooked(norm)
 
 
 def fold_norms(rewriter: Rewriter) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from epsanet import kernels
+from epsanet.kernels import choice
 from epsanet.network.graph import Rewriter, Tracer, fold_norms, foldable, scale_and_shift
-from epsanet.network.psa import PSA
+from epsanet.network.psa import PSA, hooked
 
 __all__ = ["OptimizedNetwork", "optimize"]
 
@@ -45,7 +46,9 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
     """Make an inference network for CPUs; the model itself stays as it is.
 
     EPSANet of every variant gains most. Of other networks whatever applies is done: norms folded, channels-last,
-    activations and sums fused. The result is compared with the model on the example.
+    activations and sums fused. Layers that are called in several places, or watched by a hook, stay as they are. The
+    result is compared, on the example, with the model on torch's own convolutions. Under
+    ``epsanet.kernels.use("reference")`` it has none of the native kernels.
 
     Args:
         model: a classifier, or a backbone (timm's ``features_only``), on the CPU, float32.
@@ -65,12 +68,15 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
                 "use model.float().cpu()"
             )
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    with torch.no_grad():
+    with torch.no_grad(), kernels.use("reference"):
         expected = _as_list(frozen(example_input))
+    network: nn.Module = frozen
     try:
-        network = _fuse(Tracer().trace_module(frozen), example_input, fuse_convolutions=not compile)
-    except (fx.proxy.TraceError, TypeError, NotImplementedError):
-        network = frozen  # control flow that depends on data cannot be traced
+        traced = Tracer().trace_module(frozen)
+    except Exception:  # noqa: BLE001 - a model may check its input in any way, and has run on the example
+        pass  # control flow that depends on data cannot be traced
+    else:
+        network = _fuse(traced, example_input, fuse_convolutions=not compile)
     network = network.to(memory_format=torch.channels_last)
     if compile:
         network = torch.compile(network, options={"freezing": True})  # type: ignore[assignment]
@@ -183,7 +189,7 @@ class _NativeConvolution(nn.Module):
 
 def _fused(conv: nn.Conv2d, relu: bool) -> nn.Module:
     plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    if plain and conv.stride[0] == conv.stride[1] and kernels.available():
+    if plain and conv.stride[0] == conv.stride[1] and kernels.available() and choice.chosen() != "reference":
         return _NativeConvolution(conv, relu)
     return _FusedConvolution(conv, relu)
 
@@ -196,9 +202,12 @@ def _fuse(network: fx.GraphModule, example_input: Tensor, fuse_convolutions: boo
         ShapeProp(network).propagate(example_input)
     rewriter = Rewriter(network)
     for node in [*rewriter.nodes(nn.Identity), *rewriter.nodes(nn.Dropout)]:
-        rewriter.drop(node)
+        layer = rewriter.layer(node)
+        if layer is not None and not hooked(layer):
+            rewriter.drop(node)
     fold_norms(rewriter)
-    _fuse_attention(rewriter)
+    if choice.chosen() != "reference":
+        _fuse_attention(rewriter)
     if fuse_convolutions and torch.backends.mkldnn.is_available():
         _fuse_residuals(rewriter)
     network.graph.lint()
@@ -210,21 +219,10 @@ def _fuse(network: fx.GraphModule, example_input: Tensor, fuse_convolutions: boo
 def _fuse_attention(rewriter: Rewriter) -> None:
     for node in rewriter.nodes(PSA):
         psa = rewriter.layer(node)
-        assert isinstance(psa, PSA)
-        if not psa.standard:
-            continue  # a setting of an ablation; the module computes it itself, on the native kernels too
-        convs = [conv for conv in psa.spc.branches if isinstance(conv, nn.Conv2d)]
-        split, groups = psa.spc.mode == "split", [conv.groups for conv in convs]
-        seen = convs[0].in_channels * (len(convs) if split else 1)
-        reason = kernels.reason_against(
-            torch.empty(1, seen, 1, 1),
-            [conv.weight for conv in convs],
-            groups,
-            convs[0].stride[0],
-            convs[0].dilation[0],
-            split,
-        )
-        if reason is not None:
+        if type(psa) is not PSA or not psa.standard or not rewriter.free(node):
+            continue  # a setting of an ablation, say; the module computes it itself, on the native kernels too
+        channels = node.args[0].meta["tensor_meta"].shape[1]  # type: ignore[union-attr]
+        if psa.spc.reason_against_kernels(torch.empty(1, channels, 1, 1)) is not None:
             continue
         norm = relu = None
         after = rewriter.only_user(node)
@@ -232,7 +230,7 @@ def _fuse_attention(rewriter: Rewriter) -> None:
             norm = rewriter.layer(after)
             rewriter.drop(after)
             after = rewriter.only_user(node)
-        if after is not None and isinstance(rewriter.layer(after), nn.ReLU):
+        if after is not None and _is_relu(rewriter.layer(after)):
             relu = True
             rewriter.drop(after)
         attention = _Attention(psa, norm, bool(relu))  # type: ignore[arg-type]
@@ -243,13 +241,13 @@ def _fuse_attention(rewriter: Rewriter) -> None:
 def _fold_order(rewriter: Rewriter, node: fx.Node, attention: _Attention) -> None:
     """Let the convolutions on both sides write and read the lane order, where they are the only ones concerned."""
     before = node.args[0]
-    while isinstance(rewriter.layer(before), nn.ReLU) and len(before.users) == 1:  # type: ignore[union-attr]
+    while _is_relu(rewriter.layer(before)) and len(before.users) == 1:  # type: ignore[union-attr]
         before = before.args[0]  # type: ignore[union-attr]
     after = rewriter.only_user(node)
     writer, reader = rewriter.layer(before), rewriter.layer(after)
     if not (type(writer) is nn.Conv2d and type(reader) is nn.Conv2d and writer.groups == reader.groups == 1):
         return
-    if rewriter.only_user(before) is None:  # type: ignore[arg-type]
+    if rewriter.only_user(before) is None or not rewriter.free(after):  # type: ignore[arg-type]
         return
     attention.keep_lane_order()
     into, out = attention.input_order(), attention.output_order()
@@ -257,6 +255,10 @@ def _fold_order(rewriter: Rewriter, node: fx.Node, attention: _Attention) -> Non
     if writer.bias is not None:
         writer.bias = nn.Parameter(writer.bias[into].contiguous(), requires_grad=False)
     reader.weight = nn.Parameter(reader.weight[:, out].contiguous(), requires_grad=False)
+
+
+def _is_relu(layer: nn.Module | None) -> bool:
+    return isinstance(layer, nn.ReLU) and not hooked(layer)
 
 
 def _same_shape(first: fx.Node, second: fx.Node) -> bool:
@@ -283,7 +285,7 @@ def _fuse_residuals(rewriter: Rewriter) -> None:
             ):
                 residual, last = others[0], after
                 after = next(iter(after.users)) if len(after.users) == 1 else None
-        relu = after is not None and isinstance(rewriter.layer(after), nn.ReLU)
+        relu = after is not None and _is_relu(rewriter.layer(after))
         if relu and after is not None:
             rewriter.drop(after)
         if residual is not None:

@@ -126,6 +126,11 @@ def fit_groups(
     return tuple(math.gcd(count, seen, out_channels // branches) for count in groups)
 
 
+def hooked(layer: nn.Module) -> bool:
+    """Whether someone watches a layer's calls, so that nothing may take its place."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 class SEWeight(nn.Module):
     """Squeeze-and-excitation weight without its final product (section 3.1).
 
@@ -218,19 +223,34 @@ class SPC(nn.Module):
     def forward_and_squeeze(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``N, S, D, H', W'`` and their averages over space ``N, S, D``, from native kernels if they serve."""
         branches, split = len(self.branches), self.mode == "split"
-        # A branch that someone has wrapped, or watches with a hook, has to be called.
-        convs = [b for b in self.branches if type(b) is nn.Conv2d and not b._forward_hooks and not b._forward_pre_hooks]
-        if len(convs) == branches:
+        if kernels.serves(self.reason_against_kernels(x_NCHW)):
+            convs: list[Any] = list(self.branches)
             weights, groups = [conv.weight for conv in convs], [conv.groups for conv in convs]
-            stride, dilation = convs[0].stride[0], convs[0].dilation[0]
-            if kernels.serves(x_NCHW, weights, groups, stride, dilation, split):
-                feats, sums = kernels.pyramid_convolution(x_NCHW, weights, groups, stride, split)
-                averages = sums / (feats.shape[2] * feats.shape[3])
-                return feats.unflatten(1, (branches, -1)), averages.unflatten(1, (branches, -1))
+            feats, sums = kernels.pyramid_convolution(x_NCHW, weights, groups, convs[0].stride[0], split)
+            averages = sums / (feats.shape[2] * feats.shape[3])
+            return feats.unflatten(1, (branches, -1)), averages.unflatten(1, (branches, -1))
         inputs = x_NCHW.chunk(branches, dim=1) if split else (x_NCHW,) * branches
         feats = torch.cat([branch(part) for branch, part in zip(self.branches, inputs, strict=True)], dim=1)
         feats_NSDHW = feats.unflatten(1, (branches, -1))
         return feats_NSDHW, feats_NSDHW.mean((-2, -1))
+
+    def reason_against_kernels(self, x_NCHW: Tensor) -> str | None:
+        """Why the native kernels cannot compute this layer, or None where they can: branches may have been changed."""
+        convs: list[Any] = list(self.branches)
+        first = convs[0]
+        stride, dilation = first.stride[0], first.dilation[0]
+        for conv in convs:
+            if type(conv) is not nn.Conv2d or hooked(conv):
+                return "a branch has been wrapped or has a hook, and has to be called"
+            size = conv.kernel_size[0]
+            shape = (conv.kernel_size, conv.stride, conv.dilation, conv.padding)
+            usual = tuple((value, value) for value in (size, stride, dilation, dilation * (size - 1) // 2))
+            if conv.bias is not None or conv.padding_mode != "zeros" or shape != usual:
+                return f"the {size}×{size} branch has a bias, or another padding, stride or dilation than SPC gives it"
+            if (conv.in_channels, conv.out_channels) != (first.in_channels, first.out_channels):
+                return "the branches differ in channels"
+        weights, groups = [conv.weight for conv in convs], [conv.groups for conv in convs]
+        return kernels.reason_against(x_NCHW, weights, groups, stride, dilation, self.mode == "split")
 
     def extra_repr(self) -> str:
         return f"spc={self.mode!r}"
@@ -298,7 +318,8 @@ class PSA(nn.Module):
     @property
     def standard(self) -> bool:
         """One shared SEWeight, a softmax, concatenation: what the fast paths of inference are written for."""
-        return isinstance(self.se, SEWeight) and self.softmax != "none" and self.fusion == "concat"
+        parts = type(self.spc) is SPC and type(self.se) is SEWeight
+        return parts and self.softmax != "none" and self.fusion == "concat"
 
     def attention(self, feats_NSDHW: Tensor, averages_NSD: Tensor | None = None) -> Tensor:
         """How much each channel of each scale counts, shape ``N, S, D``; averages over space may be known already."""

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "convolution.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 using namespace epsanet;
@@ -41,7 +42,7 @@ class Layer {
                 "the input order must name every channel");
         require(out_order_.empty() ? in_order_.empty() : int(out_order_.size()) == out_channels,
                 "the output order must name every channel");
-        problem(1, 1, 1, false);
+        check_orders(problem(1, 1, 1, false));
     }
 
     Problem problem(int batch, int height, int width, bool ordered) const {
@@ -185,6 +186,7 @@ NB_MODULE(_native, module) {
     module.def("instruction_sets", &instruction_sets);
     module.def("instruction_set", &instruction_set);
     module.def("set_instruction_set", &set_instruction_set, nb::arg("name"));
+    module.def("threads_used", &threads_used);
     module.def(
         "fingerprint",
         [](const Weights &weights) {
@@ -204,14 +206,14 @@ NB_MODULE(_native, module) {
         .def("forward", &Layer::forward, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
              nb::arg("y").noconvert(), nb::arg("sums").noconvert(), nb::arg("ordered"), nb::arg("threads"))
         .def("infer_convolution", &Layer::infer_convolution, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
-             nb::arg("bias").noconvert(), nb::arg("residual").none(), nb::arg("y").noconvert(), nb::arg("relu"),
+             nb::arg("bias").noconvert(), nb::arg("residual").none().noconvert(), nb::arg("y").noconvert(), nb::arg("relu"),
              nb::arg("threads"))
         .def("infer", &Layer::infer, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
              nb::arg("fc1_weight").noconvert(), nb::arg("fc1_bias").noconvert(), nb::arg("fc2_weight").noconvert(),
              nb::arg("fc2_bias").noconvert(), nb::arg("scale").noconvert(), nb::arg("shift").noconvert(),
              nb::arg("y").noconvert(), nb::arg("over_scales"), nb::arg("relu"), nb::arg("ordered"), nb::arg("threads"))
-        .def("input_gradient", &Layer::input_gradient, nb::arg("dy").noconvert(), nb::arg("dsums").none(),
+        .def("input_gradient", &Layer::input_gradient, nb::arg("dy").noconvert(), nb::arg("dsums").none().noconvert(),
              nb::arg("packed").noconvert(), nb::arg("dx").noconvert(), nb::arg("ordered"), nb::arg("threads"))
         .def("weight_gradient", &Layer::weight_gradient, nb::arg("x").noconvert(), nb::arg("dy").noconvert(),
-             nb::arg("dsums").none(), nb::arg("gradients").noconvert(), nb::arg("ordered"), nb::arg("threads"));
+             nb::arg("dsums").none().noconvert(), nb::arg("gradients").noconvert(), nb::arg("ordered"), nb::arg("threads"));
 }

@@ -116,9 +116,6 @@ Problem make_problem(int batch, int height, int width, int in_channels, int out_
         problem.in_places = split ? problem.in_places + in_places : std::max(problem.in_places, in_places);
         problem.padding = std::max(problem.padding, branch.kernel / 2);
     }
-    for (const auto &[order, channels] : {std::pair{problem.in_order, in_channels}, {problem.out_order, out_channels}})
-        for (int c = 0; order && c < channels; ++c)
-            require(order[c] >= 0 && order[c] < channels, "a channel order names a channel that does not exist");
     problem.forward_rows = rows_for_threads(
         problem,
         rows_of_unit(problem, width, problem.in_places, problem.out_height, problem.out_width, problem.out_places,
@@ -132,6 +129,22 @@ Problem make_problem(int batch, int height, int width, int in_channels, int out_
     problem.forward_bands = (problem.out_height + problem.forward_rows - 1) / problem.forward_rows;
     problem.backward_bands = (height + problem.backward_rows - 1) / problem.backward_rows;
     return problem;
+}
+
+void check_orders(const Problem &problem) {
+    const auto check = [](const std::int32_t *order, int begin, int channels) {
+        std::vector<bool> named(channels);
+        for (int c = begin; order && c < begin + channels; ++c) {
+            const bool inside = order[c] >= begin && order[c] < begin + channels;
+            require(inside && !named[order[c] - begin], "a channel order must name each channel of a branch once, at the branch's places");
+            named[order[c] - begin] = true;
+        }
+    };
+    for (int b = 0; b < problem.branch_count; ++b) {
+        const Branch &branch = problem.branches[b];
+        check(problem.in_order, branch.in_offset, branch.in_channels);
+        check(problem.out_order, branch.out_offset, branch.out_channels);
+    }
 }
 
 // ----------------------------------------------------------------------------------------------------------- weights
@@ -342,11 +355,13 @@ std::vector<std::string> instruction_sets() {
 
 std::string instruction_set() { return chosen_kernels()->name; }
 
+void set_kernels(const Kernels &kernels) { chosen_kernels() = &kernels; }
+
 void set_instruction_set(const std::string &name) {
     std::string known;
     for (const Kernels *kernels : available_kernels()) {
         if (kernels->name == name) {
-            chosen_kernels() = kernels;
+            set_kernels(*kernels);
             return;
         }
         known += (known.empty() ? "" : ", ") + std::string(kernels->name);

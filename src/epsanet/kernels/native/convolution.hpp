@@ -21,6 +21,8 @@ struct BranchShape {
 Problem make_problem(int batch, int height, int width, int in_channels, int out_channels, int stride,
                      const std::vector<BranchShape> &branches, bool split, Lanes lanes_are, bool ordered,
                      const std::int32_t *in_order, const std::int32_t *out_order);
+// Throws std::invalid_argument for orders that lead out of a branch's memory; for every layer once, before its calls.
+void check_orders(const Problem &problem);
 
 std::size_t packed_size(const Problem &problem, Direction direction);
 void pack_weights(const Problem &problem, Direction direction, const float *const *weights, float *packed,
@@ -53,5 +55,6 @@ void weight_gradient(const Problem &problem, const float *x, const float *dy, co
 std::vector<std::string> instruction_sets();
 std::string instruction_set();
 void set_instruction_set(const std::string &name);
+void set_kernels(const Kernels &kernels);
 
 }  // namespace epsanet

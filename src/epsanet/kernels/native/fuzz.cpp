@@ -1,16 +1,22 @@
 // Random layers, sizes and pointer alignments through every operation, for AddressSanitizer and UBSan.
 //
 // Usage: fuzz CALLS [SEED]. Buffers have exactly the size they need, so that one float too far is seen. Instruction
-// sets take turns; the first values of each call are checked against a plain loop.
+// sets take turns, and AVX-512's loops with them, wherever it runs; a value of each result is checked against plain loops.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "convolution.hpp"
+
+#define EPSANET_ISA many_registers
+#define EPSANET_MANY_REGISTERS
+#include "isa_portable.cpp"
 
 using namespace epsanet;
 
@@ -33,16 +39,41 @@ class Floats {
     int offset_;
 };
 
-std::vector<std::int32_t> order_of(int channels, const std::vector<BranchShape> &branches, bool one_tensor) {
-    // Any order that keeps a branch's groups whole will do; this one is for equal group counts.
-    std::vector<std::int32_t> order;
-    const int parts = one_tensor ? 1 : int(branches.size());
-    for (int part = 0; part < parts; ++part) {
-        const int share = channels / parts, groups = branches[part].groups, size = share / groups;
-        for (int index = 0; index < size; ++index)
-            for (int group = 0; group < groups; ++group) order.push_back(part * share + group * size + index);
+// The groups that the lanes of the finest of some nested groupings hold; order.py says why.
+std::vector<int> group_order(const std::set<int> &counts) {
+    std::vector<int> order{0};
+    for (const int count : counts) {
+        const int parts = count / int(order.size());
+        std::vector<int> finer;
+        for (int part = 0; part < parts; ++part)
+            for (const int group : order) finer.push_back(group * parts + part);
+        order = finer;
     }
     return order;
+}
+
+// Natural channels by lane position.
+std::vector<std::int32_t> order_of(int channels, const std::vector<BranchShape> &branches, bool split, bool input) {
+    std::vector<std::int32_t> order;
+    const int parts = input && !split ? 1 : int(branches.size()), share = channels / parts;
+    for (int part = 0; part < parts; ++part) {
+        std::set<int> counts;
+        for (const BranchShape &branch : branches)
+            if (split ? &branch == &branches[part] : parts == 1 || branch.groups <= branches[part].groups)
+                counts.insert(branch.groups);
+        const std::vector<int> groups = group_order(counts);
+        const int size = share / int(groups.size());
+        for (int index = 0; index < size; ++index)
+            for (const int group : groups) order.push_back(part * share + group * size + index);
+    }
+    return order;
+}
+
+// Where each natural channel lies in a tensor.
+std::vector<int> places(const std::vector<std::int32_t> &order, bool ordered) {
+    std::vector<int> found(order.size());
+    for (int at = 0; at < int(order.size()); ++at) found[ordered ? order[at] : at] = at;
+    return found;
 }
 
 // A value as plain loops have it, and the sum of its terms' sizes, by which its rounding is judged.
@@ -52,9 +83,10 @@ struct Plain {
     bool agrees(float found) const { return std::fabs(found - value) < 4e-6 * size + 1e-4; }
 };
 
-// The tensors of a call, in natural order.
+// The tensors of a call; channels are natural ones.
 struct Call {
     const Problem &problem;
+    const std::vector<int> in_places, out_places;
     const float *x, *dy, *added;
     const std::vector<float *> &weights;
 
@@ -72,11 +104,14 @@ struct Call {
         return branch.in_offset + out / (branch.out_channels / branch.groups) * seen(branch) + in;
     }
     double input(int image, int row, int column, int channel) const {
-        return x[((std::ptrdiff_t(image) * problem.height + row) * problem.width + column) * problem.in_channels + channel];
+        return x[((std::ptrdiff_t(image) * problem.height + row) * problem.width + column) * problem.in_channels + in_places[channel]];
     }
+    std::ptrdiff_t result(int image, int row, int column, int channel) const {
+        return ((std::ptrdiff_t(image) * problem.out_height + row) * problem.out_width + column) * problem.out_channels + out_places[channel];
+    }
+    std::ptrdiff_t sum(int image, int channel) const { return std::ptrdiff_t(image) * problem.out_channels + out_places[channel]; }
     double result_gradient(int image, int row, int column, int channel) const {
-        const double own = dy[((std::ptrdiff_t(image) * problem.out_height + row) * problem.out_width + column) * problem.out_channels + channel];
-        return own + (added ? added[std::ptrdiff_t(image) * problem.out_channels + channel] : 0);
+        return dy[result(image, row, column, channel)] + (added ? double(added[sum(image, channel)]) : 0);
     }
 
     Plain forward(int b, int image, int row, int column, int out) const {
@@ -118,6 +153,24 @@ struct Call {
                     });
         return sum;
     }
+    // What `recalibrate` multiplies a channel of branch b with, from the sums over space.
+    double attention(const Attention &maps, const float *sums, int image, int b, int channel) const {
+        const int channels = problem.out_channels / problem.branch_count;
+        const auto excited = [&](int branch, int at) {
+            double z = maps.fc2_bias[at];
+            for (int h = 0; h < maps.hidden; ++h) {
+                double hidden = maps.fc1_bias[h];
+                for (int c = 0; c < channels; ++c)
+                    hidden += maps.fc1_weight[h * channels + c] * sums[sum(image, branch * channels + c)] / double(problem.out_height * problem.out_width);
+                z += maps.fc2_weight[at * maps.hidden + h] * std::max(hidden, 0.0);
+            }
+            return std::exp(1 / (1 + std::exp(-z)));
+        };
+        double total = 0;
+        for (int other = 0; other < (maps.over_scales ? problem.branch_count : channels); ++other)
+            total += maps.over_scales ? excited(other, channel) : excited(b, other);
+        return excited(b, channel) / total;
+    }
 };
 
 bool wrong(long call, const char *what, const Plain &expected, float found) {
@@ -133,18 +186,31 @@ int main(int count, char **arguments) {
     std::mt19937 random(count > 2 ? unsigned(std::atol(arguments[2])) : 1);
     const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
     const std::vector<std::string> sets = instruction_sets();
+    constexpr double budget = 5e5;  // multiplications
     for (long call = 0; call < calls; ++call) {
-        set_instruction_set(sets[call % sets.size()]);
+        const std::size_t set = call % (sets.size() + 1);
+        set == sets.size() ? set_kernels(kernels_many_registers) : set_instruction_set(sets[set]);
         const bool images = pick(0, 2) == 0, split = pick(0, 1), ordered = !images && pick(0, 2) == 0;
-        const int groups = images ? pick(1, 5) : std::vector<int>{1, 2, 4, 8, 16, 32}[pick(0, 5)];
+        const int doublings = pick(0, 5), groups = images ? pick(1, 5) : 1 << doublings;  // of the finest grouping
         std::vector<BranchShape> branches(pick(1, 3));
-        for (BranchShape &branch : branches) branch = {2 * pick(0, 5) + 1, groups};
+        for (BranchShape &branch : branches)
+            branch = {2 * pick(0, 5) + 1, pick(0, 1) ? groups : images ? 1 : 1 << pick(0, doublings)};
         const int share = int(branches.size()), largest = groups >= 16 ? 2 : 5;
         const int in_channels = groups * pick(1, largest) * (split ? share : 1), out_channels = groups * pick(1, largest) * share;
-        const std::vector<std::int32_t> in_order = order_of(in_channels, branches, !split), out_order = order_of(out_channels, branches, false);
-        const int batch = images ? pick(1, 19) : pick(1, 3), height = pick(1, 9), width = pick(1, 17), threads = pick(1, 3);
+        const std::vector<std::int32_t> in_order = order_of(in_channels, branches, split, true), out_order = order_of(out_channels, branches, split, false);
+        // Branches of few groups and many channels get small maps, so that no call takes long.
+        double work = 0;
+        for (const BranchShape &branch : branches)
+            work += double(branch.kernel) * branch.kernel * in_channels / (split ? share : 1) * out_channels / share / branch.groups;
+        const auto size = [&](int most) {
+            const int drawn = pick(1, std::clamp(int(budget / work), 1, most));
+            work *= drawn;
+            return drawn;
+        };
+        const int width = size(17), height = size(9), batch = size(images ? 19 : 3), threads = pick(1, 3);
         const Problem problem = make_problem(batch, height, width, in_channels, out_channels, pick(1, 3), branches, split,
                                              images ? Lanes::images : Lanes::groups, ordered, in_order.data(), out_order.data());
+        check_orders(problem);
         const std::size_t pixels = std::size_t(batch) * height * width;
         const std::size_t results = std::size_t(batch) * problem.out_height * problem.out_width * out_channels;
         Floats x(pixels * in_channels, pick(0, 15), random), dx(pixels * in_channels, pick(0, 15), random);
@@ -156,7 +222,7 @@ int main(int count, char **arguments) {
         std::vector<float *> weight_pointers, gradient_pointers;
         for (int b = 0; b < problem.branch_count; ++b) {
             const Branch &branch = problem.branches[b];
-            const std::size_t size = std::size_t(branch.out_channels) * (branch.in_channels / groups) * branch.kernel * branch.kernel;
+            const std::size_t size = std::size_t(branch.out_channels) * (branch.in_channels / branch.groups) * branch.kernel * branch.kernel;
             weights.emplace_back(size, pick(0, 15), random);
             gradients.emplace_back(size, pick(0, 15), random);
             weight_pointers.push_back(weights.back().get());
@@ -167,9 +233,14 @@ int main(int count, char **arguments) {
         forward(problem, x.get(), packed.get(), y.get(), sums.get(), threads);
         const int b = pick(0, problem.branch_count - 1), out = pick(0, out_channels / share - 1), image = pick(0, batch - 1);
         const int row = pick(0, problem.out_height - 1), column = pick(0, problem.out_width - 1);
-        const std::ptrdiff_t result = ((std::ptrdiff_t(image) * problem.out_height + row) * problem.out_width + column) * out_channels + problem.branches[b].out_offset + out;
-        Call plain{problem, x.get(), dy.get(), nullptr, weight_pointers};
-        if (!ordered && wrong(call, "forward", plain.forward(b, image, row, column, out), y.get()[result])) return 1;
+        Call plain{problem, places(in_order, ordered), places(out_order, ordered), x.get(), dy.get(), nullptr, weight_pointers};
+        const std::ptrdiff_t result = plain.result(image, row, column, problem.branches[b].out_offset + out);
+        Plain expected = plain.forward(b, image, row, column, out), sum;
+        if (wrong(call, "forward", expected, y.get()[result])) return 1;
+        for (int at = 0; at < problem.out_height * problem.out_width; ++at)
+            sum.add(y.get()[plain.result(image, 0, at, problem.branches[b].out_offset + out)]);
+        const std::ptrdiff_t place = plain.sum(image, problem.branches[b].out_offset + out);
+        if (wrong(call, "sums", sum, sums.get()[place])) return 1;
         if (ordered) {
             Floats bias(out_channels, pick(0, 15), random);
             Problem finished = problem;
@@ -177,16 +248,20 @@ int main(int count, char **arguments) {
             finished.residual = pick(0, 1) ? dy.get() : nullptr;
             finished.relu = pick(0, 1) == 1;
             forward(finished, x.get(), packed.get(), y.get(), nullptr, threads);
+            expected.add(bias.get()[plain.out_places[problem.branches[b].out_offset + out]]);
+            if (finished.residual) expected.add(finished.residual[result]);
+            if (finished.relu) expected.value = std::max(expected.value, 0.0);
+            if (wrong(call, "bias, residual, ReLU", expected, y.get()[result])) return 1;
         }
         const float *add = pick(0, 1) ? sums.get() : nullptr;
         input_gradient(problem, dy.get(), add, packed_back.get(), dx.get(), threads);
         weight_gradient(problem, x.get(), dy.get(), add, gradient_pointers.data(), threads);
         plain.added = add;
         const int source_row = pick(0, height - 1), source_column = pick(0, width - 1), channel = pick(0, in_channels - 1);
-        const std::ptrdiff_t source = ((std::ptrdiff_t(image) * height + source_row) * width + source_column) * in_channels + channel;
+        const std::ptrdiff_t source = ((std::ptrdiff_t(image) * height + source_row) * width + source_column) * in_channels + plain.in_places[channel];
         const int weight = pick(0, problem.branches[b].out_channels * plain.seen(problem.branches[b]) * problem.branches[b].kernel * problem.branches[b].kernel - 1);
-        if (!ordered && (wrong(call, "input gradient", plain.input_gradient(image, source_row, source_column, channel), dx.get()[source]) ||
-                         wrong(call, "weight gradient", plain.weight_gradient(b, weight), gradient_pointers[b][weight])))
+        if (wrong(call, "input gradient", plain.input_gradient(image, source_row, source_column, channel), dx.get()[source]) ||
+            wrong(call, "weight gradient", plain.weight_gradient(b, weight), gradient_pointers[b][weight]))
             return 1;
         const int channels = out_channels / share, hidden = pick(1, 3);
         Floats fc1(std::size_t(hidden) * channels + hidden, pick(0, 15), random);
@@ -194,7 +269,12 @@ int main(int count, char **arguments) {
         Floats scale(out_channels, pick(0, 15), random), shift(out_channels, pick(0, 15), random);
         const Attention attention{fc1.get(), fc1.get() + hidden * channels, fc2.get(), fc2.get() + hidden * channels,
                                   hidden, pick(0, 1) == 1, scale.get(), shift.get(), pick(0, 1) == 1};
+        Plain recalibrated;
+        recalibrated.add(y.get()[result] * plain.attention(attention, sums.get(), image, b, out) * scale.get()[place % out_channels]);
+        recalibrated.add(shift.get()[place % out_channels]);
+        if (attention.relu) recalibrated.value = std::max(recalibrated.value, 0.0);
         recalibrate(problem, attention, sums.get(), y.get(), threads);
+        if (wrong(call, "attention", recalibrated, y.get()[result])) return 1;
     }
     std::printf("%ld calls, no report\n", calls);
 }

@@ -1,10 +1,18 @@
 // The loops with what the compiler makes of four-float vectors: SSE2 on any x86-64, NEON on ARM.
+#ifndef EPSANET_ISA
 #define EPSANET_ISA portable
+#endif
 
-namespace epsanet::portable {
+namespace epsanet::EPSANET_ISA {
+#ifdef EPSANET_MANY_REGISTERS  // the loops of AVX-512, for the fuzz driver, which may run where there is none
+constexpr int max_pixels[] = {7, 7};
+constexpr int max_taps = 8;
+constexpr bool weights_fit_registers = true;
+#else
 constexpr int max_pixels[] = {4, 2};
 constexpr int max_taps = 3;                 // sums of a weight gradient held in registers
 constexpr bool weights_fit_registers = false;  // those of a whole kernel row
+#endif
 
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -55,6 +63,6 @@ template <int width> static inline Vector repeat(const float *from) {
     }
     if constexpr (width == 16) return load(from);
 }
-}  // namespace epsanet::portable
+}  // namespace epsanet::EPSANET_ISA
 
 #include "loops.hpp"

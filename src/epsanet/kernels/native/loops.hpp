@@ -41,14 +41,24 @@ struct Run {
 
 // ---------------------------------------------------------------------------------------------- copies in and out
 
+// Places 0 to 3 are those of a, 4 to 7 those of b. GCC has Clang's name for it from version 12 on only.
+template <int first, int second, int third, int fourth> inline Four shuffle(Four a, Four b) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, first, second, third, fourth);
+#else
+    typedef int Places __attribute__((vector_size(16)));
+    return __builtin_shuffle(a, b, Places{first, second, third, fourth});
+#endif
+}
+
 // Four channels of four images to four images of four channels, and back.
 inline void transpose(Four &a, Four &b, Four &c, Four &d) {
-    const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-    b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-    c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-    d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+    const Four ab_low = shuffle<0, 4, 1, 5>(a, b), ab_high = shuffle<2, 6, 3, 7>(a, b);
+    const Four cd_low = shuffle<0, 4, 1, 5>(c, d), cd_high = shuffle<2, 6, 3, 7>(c, d);
+    a = shuffle<0, 1, 4, 5>(ab_low, cd_low);
+    b = shuffle<2, 3, 6, 7>(ab_low, cd_low);
+    c = shuffle<0, 1, 4, 5>(ab_high, cd_high);
+    d = shuffle<2, 3, 6, 7>(ab_high, cd_high);
 }
 
 inline Four &four(float *at) { return *reinterpret_cast<Four *>(at); }
@@ -308,7 +318,8 @@ using AccumulateRows = void (*)(float *, Offset, const float *, Offset, Offset, 
 template <int width, int weight_lanes, int columns> AccumulateRows accumulate_rows_for(int pixels) {
     AccumulateRows chosen = nullptr;
 #define EPSANET_PIXELS(count) \
-    if (pixels == count) chosen = accumulate_rows<width, weight_lanes, columns, count>;
+    if constexpr (count <= max_pixels[0]) \
+        if (pixels == count) chosen = accumulate_rows<width, weight_lanes, columns, count>;
     EPSANET_PIXELS(4) EPSANET_PIXELS(5) EPSANET_PIXELS(6) EPSANET_PIXELS(7) EPSANET_PIXELS(8) EPSANET_PIXELS(9)
     EPSANET_PIXELS(10) EPSANET_PIXELS(11) EPSANET_PIXELS(12) EPSANET_PIXELS(13) EPSANET_PIXELS(14)
 #undef EPSANET_PIXELS

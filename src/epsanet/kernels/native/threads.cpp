@@ -5,6 +5,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -35,6 +36,8 @@ void join(void *data) {
 // that pool rather than starting another keeps two from competing. Elsewhere threads are started for each call.
 using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 
+std::atomic<int> last_used{0};
+
 }  // namespace
 
 void share(int pieces, int threads, const std::function<void(int, int)> &work) {
@@ -50,12 +53,20 @@ void share(int pieces, int threads, const std::function<void(int, int)> &work) {
             parallel(join, &team, unsigned(threads), 0);
         } else {
             std::vector<std::thread> others;
-            for (int t = 1; t < threads; ++t) others.emplace_back(join, &team);
+            others.reserve(threads);
+            try {
+                for (int t = 1; t < threads; ++t) others.emplace_back(join, &team);
+            } catch (const std::system_error &) {
+                // The system gives no more of them: those that have started, and this one, do the work.
+            }
             join(&team);
             for (std::thread &other : others) other.join();
         }
     }
+    last_used = team.next_thread.load();
     if (team.error) std::rethrow_exception(team.error);
 }
+
+int threads_used() { return last_used; }
 
 }  // namespace epsanet
