@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exporting import made_once
+from making import class_folders
 from real_digits import digits
 from torch import Tensor, nn
 
@@ -171,24 +173,25 @@ def test_a_network_that_answers_differently_is_refused_and_an_older_bundle_stays
     old = tmp_path / "bundle"
     old.mkdir()
     (old / "bundle.json").write_text("old")
-    assert cli.main(["export", str(digits_folder), "--format", "pt2", "--output", str(old)]) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "answers differently (more than --tolerance 0.0001" in message
-    assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
-    assert (old / "bundle.json").read_text() == "old"
-    limits = ["--tolerance", "0.5", "--agreement", "50"]
-    assert cli.main(["export", str(digits_folder), "--format", "pt2", "-o", str(old), *limits]) == 0
+    with made_once({}):
+        assert cli.main(["export", str(digits_folder), "--format", "pt2", "--output", str(old)]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert "answers differently (more than --tolerance 0.0001" in message
+        assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
+        assert (old / "bundle.json").read_text() == "old"
+        limits = ["--tolerance", "0.5", "--agreement", "50"]
+        assert cli.main(["export", str(digits_folder), "--format", "pt2", "-o", str(old), *limits]) == 0
     assert isinstance(load_model(old).model, RuntimeNetwork)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_int8_keeps_the_accuracy_on_the_digits_and_reports_what_the_runtime_does(
-    kind: str, bundles: dict[str, Exported], tmp_path: Path
+    kind: str, bundles: dict[str, Exported], made: dict[str, Any], digits_folder: Path, tmp_path: Path
 ) -> None:
-    trained = "epsanet14_tiny.digits"  # the fixture's features are random: what eight bits do to those says little
     config = ExportConfig(format=kind, int8=True, calibrate="digits")  # type: ignore[arg-type]
-    found = export(trained, tmp_path / "bundle", config, note=ignore)
-    loaded = load_model(trained)
+    with made_once(made):
+        found = export(digits_folder, tmp_path / "bundle", config, note=ignore)
+    loaded = load_model(digits_folder)
     check = digits("test", loaded, 500)
     with torch.no_grad():
         before = loaded.model(check.images).argmax(1)
@@ -302,6 +305,27 @@ def test_a_network_of_one_size_says_so(digits_folder: Path, tmp_path: Path) -> N
     assert network(torch.zeros(3, 3, 16, 16)).shape == (3, 10)
     with pytest.raises(ValueError, match="takes 16×16 pixels only, not 32×32"):
         network(torch.zeros(1, 3, 32, 32))
+
+
+def test_images_of_other_classes_have_no_labels_and_are_refused_only_where_accuracy_counts(
+    digits_folder: Path, tmp_path: Path
+) -> None:
+    loaded, said = load_model(digits_folder), list[str]()
+    class_folders(tmp_path / "cameras", {"cam1": 2, "cam2/monday": 1})
+    class_folders(tmp_path, {"cameras": 1})
+    config = ExportConfig(format="openvino", int8=True, calibrate=str(tmp_path / "cameras"))
+    calibration, check = export_module._images(config, loaded, said.append)
+    assert calibration is not None
+    assert len(calibration) == 4, "at any depth"
+    assert check.labels.tolist() == [-1] * 4
+    (note,) = said
+    assert "'cam1', 'cam2'" in note
+    with pytest.raises(ValueError, match="2 of 2 classes are unknown: 'cam1', 'cam2'"):
+        export_module._images(dataclasses.replace(config, accuracy_drop=1.0), loaded, said.append)
+    class_folders(tmp_path / "known", {"3": 2, "7": 1})
+    config = ExportConfig(images=str(tmp_path / "known"))
+    assert export_module._images(config, loaded, said.append)[1].labels.tolist() == [3, 3, 7]
+    assert said == [note]
 
 
 @pytest.mark.parametrize(

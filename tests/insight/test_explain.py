@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import timm
 import torch
 from making import class_folders
 from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from epsanet import cli, kernels
@@ -37,7 +40,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("chosen", ["reference", "auto"])
 def test_grad_cam_is_the_papers_formula(chosen: kernels.Choice) -> None:
-    model, x = timm.create_model("epsanet14_tiny", num_classes=3).eval(), torch.randn(2, 3, 32, 32)
+    model, x = timm.create_model("epsanet14_tiny", num_classes=3).eval(), torch.randn(2, 3, 32, 45)
     classes = torch.tensor([2, 0])
     with kernels.use(chosen):
         found = grad_cam(model, x, classes, "layer3")
@@ -46,7 +49,7 @@ def test_grad_cam_is_the_papers_formula(chosen: kernels.Choice) -> None:
     logits = model.forward_head(model.layer4(features))
     (gradient,) = torch.autograd.grad(logits[torch.arange(2), classes].sum(), features)
     maps = (gradient.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).clamp(min=0)
-    large = F.interpolate(maps.detach(), (32, 32), mode="bilinear", align_corners=False)[:, 0].numpy()
+    large = F.interpolate(maps.detach(), (32, 45), mode="bilinear", align_corners=False)[:, 0].numpy()
     assert large.max() > 0
     np.testing.assert_allclose(found, large / np.maximum(large.max((1, 2), keepdims=True), 1e-30), atol=2e-4)
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
@@ -74,6 +77,41 @@ def test_a_network_without_stages_asks_for_a_layer() -> None:
         cam_layer(torch.nn.Linear(2, 2), (32, 32))
     with pytest.raises(ValueError, match="there is no layer 'nose'; stages are conv1, "):
         grad_cam(timm.create_model("epsanet14_tiny"), torch.zeros(1, 3, 32, 32), torch.tensor([0]), "nose")
+
+
+class Windows(nn.Module):
+    """Looks at four windows of an image, each by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unflatten(2, (2, 16)).unflatten(4, (2, 16)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        return self.conv(windows).mean((2, 3)).unflatten(0, (-1, 4)).mean(1)
+
+
+def swin() -> Any:
+    sizes: dict[str, Any] = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=2, **sizes)
+
+
+def convnext() -> Any:
+    return timm.create_model("convnext_tiny", num_classes=2, depths=(1, 1, 1, 1), dims=(16, 16, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "message"),
+    [
+        (swin, "layers.1", "SwinTransformer gives NHWC"),
+        (convnext, "stages.0.blocks.0.mlp", r"no map of the image but shape \(1, 1, 8, 16\)"),
+        (Windows, "conv", r"no map of the image but shape \(4, 1, 14, 14\)"),
+    ],
+)
+def test_what_is_no_map_of_the_image_is_not_shown_as_one(make: Callable[[], Any], layer: str, message: str) -> None:
+    """Channels last, in the whole network or in a part of it; windows in the place of images."""
+    with pytest.raises(ValueError, match=message):
+        grad_cam(make().eval(), torch.randn(1, 3, 32, 32), torch.tensor([1]), layer)
 
 
 def test_an_explanation_holds_what_the_network_saw_and_said(folder: Path, pictures: Path) -> None:
@@ -126,12 +164,25 @@ def test_the_command_tells_the_preferences_of_a_data_set(folder: Path, pictures:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "nothing to explain"), (["nowhere/*.png"], "nothing matches"), (["--layer", "nose", "x.png"], "no layer")],
+    [
+        ([], "nothing to explain"),
+        (["nowhere/*.png"], "nothing matches"),
+        (["--layer", "nose", "{image}"], "no layer"),
+        (["--layer", "layer1.0.conv2.se", "{image}"], "goes around layer 'layer1.0.conv2.se'"),
+        (["--topk", "0", "{image}"], "topk=0 must be 1 or more"),
+    ],
 )
 def test_what_cannot_be_explained_is_said_in_one_line(
-    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["explain", str(folder), *arguments]) == 2
+    words = [word.format(image=pictures / "small" / "000.png") for word in arguments]
+    assert cli.main(["explain", str(folder), *words, "-o", str(tmp_path / "out")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+    assert not (tmp_path / "out").exists()

@@ -100,9 +100,12 @@ def test_a_bad_file_is_answered_in_words_and_a_good_one_after_it_is_shown(
     assert page.text("#classes h2") == ""
     assert page.source("#cam img") == ""
     assert not page.all("#scales table"), "nothing of the picture before is left"
+    (shown,) = page.wait(lambda: page.all("#picture img"))
+    assert not shown.is_displayed(), "browsers show a broken picture"
     page.upload(digits[5])
     page.wait(lambda: "5" in page.text("#classes h2"))
     assert not page.all("[role=alert]")
+    assert page.all("#picture img")[0].is_displayed()
 
 
 def test_another_model_looks_at_the_same_picture(server: Server, browser: Any, digits: list[Path]) -> None:

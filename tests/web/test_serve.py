@@ -13,6 +13,7 @@ import pytest
 from conftest import DIGITS, load
 
 from epsanet import cli
+from epsanet.web import serve
 
 
 @pytest.fixture
@@ -72,6 +73,24 @@ def test_without_gradio_the_line_to_install_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else find(name))
     assert cli.main(["serve"]) == 2
     assert "this needs gradio, which is not installed; pip install 'epsanet[web]'" in capsys.readouterr().err
+
+
+def test_files_are_deleted_after_an_error_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[BaseException | None] = [OSError("the disk is gone"), None, SystemExit()]
+
+    class Broken:
+        def sweep(self) -> None:
+            outcome = outcomes.pop(0)
+            if outcome is not None:
+                raise outcome
+
+    monkeypatch.setattr(serve, "_SWEEP_SECONDS", 0.001)
+    with pytest.raises(SystemExit):
+        serve._sweep(Broken())
+    assert outcomes == []
+    assert "the disk is gone" in caplog.text
 
 
 def test_sigterm_while_somebody_is_connected_ends_it_at_once_and_leaves_nothing(tmp_path: Path) -> None:

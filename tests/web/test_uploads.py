@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import os
 import struct
+import threading
+import time
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +71,20 @@ def test_a_telephones_jpeg_with_a_second_picture_behind_it_is_a_still_one(tmp_pa
         (animation("PNG"), "an animation of 2 frames"),
         (huge_png(9000, 9000), "9000×9000 pixels"),
         (huge_png(2**20, 2**20), "more than 64,000,000 pixels"),
+        (huge_png(7, 701), "7×701 pixels, more than 100 times as long as wide"),
         (b"\0" * (MAX_BYTES + 1), "larger than 20 MB"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_anything_else_is_refused_with_a_reason(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ImageError, match=message):
         check_upload(tmp_path / "a.png")
+
+
+def test_a_long_picture_is_one(tmp_path: Path) -> None:
+    Image.new("RGB", (700, 7)).save(tmp_path / "a.png")
+    check_upload(tmp_path / "a.png")
 
 
 def aged(path: Path, seconds: float, size: int, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -122,6 +132,55 @@ def test_a_file_that_was_just_sent_never_makes_way(tmp_path: Path, monkeypatch: 
     room.sweep()
     assert not room.admit(200)
     assert fresh.exists()
+
+
+def test_many_sweeps_at_once_disturb_neither_each_other_nor_who_comes(tmp_path: Path) -> None:
+    room, uploads = Room(tmp_path, keep_seconds=-1, guard_seconds=-1), 200
+    for number in range(uploads):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "a.png").write_bytes(b"x")
+    with ThreadPoolExecutor(8) as visitors:
+        swept = [visitors.submit(room.sweep) for _ in range(16)]
+        admitted = [visitors.submit(room.admit, room.most) for _ in range(16)]
+    assert [job.exception() for job in (*swept, *admitted)] == [None] * 32
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_somebody_else_deletes_does_not_end_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = [aged(tmp_path / name / "old", 700, 10, monkeypatch) for name in ("a", "b")]
+    unlink = Path.unlink
+
+    def unlink_with_folder(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        path.parent.rmdir()
+
+    monkeypatch.setattr(Path, "unlink", unlink_with_folder)
+    Room(tmp_path).sweep()
+    assert [path.parent.exists() for path in old] == [False, False]
+
+
+def test_the_latest_sweep_says_how_much_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room, walk, go_on = Room(tmp_path, most=1000), os.walk, threading.Event()
+
+    def slow_first_walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        places = list(walk(folder))
+        monkeypatch.setattr(os, "walk", walk)
+        assert go_on.wait(60)
+        yield from places
+
+    monkeypatch.setattr(os, "walk", slow_first_walk)
+    with ThreadPoolExecutor(2) as sweeps:
+        first = sweeps.submit(room.sweep)
+        while os.walk is slow_first_walk:
+            time.sleep(0.001)
+        (tmp_path / "later.png").write_bytes(b"x" * 900)
+        second = sweeps.submit(room.sweep)
+        wait([second], timeout=0.2)
+        go_on.set()
+    assert first.result() is second.result() is None
+    assert not room.admit(200), "900 of 1000 are taken"
 
 
 def test_a_room_holds_what_is_inside_it_and_nothing_that_a_link_leads_out_to(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def export(
     network = loaded.model.float().cpu().eval()
     _, height, width = loaded.data_config["input_size"]
     shape = (3, height, width)
-    calibration, check = _images(config, loaded)
+    calibration, check = _images(config, loaded, note)
     batches = list(check.batches(_BATCH))
     running = progress(batches, len(batches), "running the original")
     expected = torch.cat([reference_logits(network, batch) for batch in running])
@@ -176,15 +176,20 @@ def export(
     )
 
 
-def _images(config: ExportConfig, loaded: LoadedModel) -> tuple[RealImages | None, RealImages]:
+def _images(
+    config: ExportConfig, loaded: LoadedModel, note: Callable[[str], None]
+) -> tuple[RealImages | None, RealImages]:
     """Images to calibrate with, and images to check with; not the same ones where the data set has several splits."""
     arguments = loaded.data_config, loaded.class_names
     calibration = (
         None if config.calibrate is None else open_images(config.calibrate, *arguments, "train", CALIBRATION_IMAGES)
     )
-    source = config.images or config.calibrate
-    check = included_images(loaded.data_config) if source is None else open_images(source, *arguments, None)
-    if config.accuracy_drop is not None and not bool((check.labels >= 0).all()):
+    source, measured = config.images or config.calibrate, config.accuracy_drop is not None
+    if source is None:
+        check = included_images(loaded.data_config)
+    else:
+        check = open_images(source, *arguments, None, labelled=measured, note=note)
+    if measured and not bool((check.labels >= 0).all()):
         raise ValueError(f"--accuracy-drop needs labels, and {source} has none; give folders of classes with --images")
     return calibration, check
 

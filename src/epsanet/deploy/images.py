@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,16 @@ def photographs() -> list[Image.Image]:
 
 
 def open_images(
-    source: str, data_config: dict[str, Any], class_names: list[str], split: str | None, most: int = MOST_IMAGES
+    source: str,
+    data_config: dict[str, Any],
+    class_names: list[str],
+    split: str | None,
+    most: int = MOST_IMAGES,
+    *,
+    labelled: bool = False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> RealImages:
-    """Images of a folder or data set.
+    """Images of a folder or data set; those of a folder whose classes are not the network's have no labels.
 
     Args:
         source: what ``--data`` takes, or a folder of images without classes, searched to any depth.
@@ -103,17 +110,31 @@ def open_images(
         class_names: of the network.
         split: of the data set; test, else val, else the only one, when left out. A data set without it gives all.
         most: images at most.
+        labelled: whether other classes are an error.
+        note: told why there are no labels.
 
     Raises:
-        ValueError: when there are no such images, or their classes are not the network's.
+        ValueError: when there are no such images, or their classes are not the network's and labels are needed.
     """
-    folder = Path(source)
+    folder, files = Path(source), list[Path]()
     if folder.is_dir() and not any(folder.glob("*.parquet")):
         files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         if not files:
             raise ValueError(f"{source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         if all(file.parent == folder for file in files):
             return RealImages(_Unlabelled(files), data_config, most)
+    samples: Samples
+    try:
+        samples = _open_split(source, split, class_names)
+    except ValueError as error:
+        if labelled or not files:
+            raise
+        note(f"{error}; the images of {source} are taken without labels")
+        samples = _Unlabelled(files)
+    return RealImages(samples, data_config, most)
+
+
+def _open_split(source: str, split: str | None, class_names: list[str]) -> Samples:
     try:
         samples, _, _ = open_split(DataConfig(source=source), split, class_names)
     except ValueError as error:
@@ -122,4 +143,4 @@ def open_images(
         samples, _, _ = open_split(DataConfig(source=source), None, class_names)
     if isinstance(samples, Stream):
         raise ValueError(f"{source} can only be read from front to back; give a folder of some of its images")
-    return RealImages(samples, data_config, most)
+    return samples

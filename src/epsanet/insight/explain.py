@@ -70,9 +70,11 @@ def explain(
         layer: for Grad-CAM; ``cam_layer`` chooses when left out.
 
     Raises:
-        ValueError: for a model or layer that is not there, or without captum.
+        ValueError: for a model or layer that is not there or has no map, no classes to give, or without captum.
     """
     require("captum", "insight")
+    if topk < 1:
+        raise ValueError(f"topk={topk} must be 1 or more")
     loaded = _opened(model)
     size = tuple(loaded.data_config["input_size"][1:])
     chosen = layer or cam_layer(loaded.model, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,13 @@ def cam_layer(model: Any, size: tuple[int, int]) -> str:
 
 
 def check_layer(model: nn.Module, layer: str) -> None:
-    """Raise a ``ValueError`` when a network has no module of this name."""
+    """Raise a ``ValueError`` when a network has no module of this name, or has the channels of its maps last."""
+    output_format = getattr(model, "output_fmt", "NCHW")
+    if output_format != "NCHW":
+        raise ValueError(
+            f"Grad-CAM reads maps of shape N, C, H, W, and {type(model).__name__} gives {output_format}; choose a "
+            "network of convolutions"
+        )
     names = [name for name, _ in model.named_modules() if name]
     if layer not in names:
         raise ValueError(f"there is no layer {layer!r}; stages are {', '.join(n for n in names if '.' not in n)}")
@@ -57,18 +64,33 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor, layer: str) -> n
         Shape ``N, H, W``, from 0 to 1 in each image; 0 everywhere where nothing speaks for the class.
 
     Raises:
-        ValueError: when captum is not installed, or there is no such layer.
+        ValueError: when captum is not installed, there is no such layer, or it gives no such map.
     """
     require("captum", "insight")
     from captum.attr import LayerGradCam
 
     check_layer(model, layer)
-    with torch.enable_grad():
-        maps = LayerGradCam(model, model.get_submodule(layer)).attribute(
-            images.clone().requires_grad_(), target=classes, relu_attributions=True
+    try:
+        with torch.enable_grad():
+            maps = LayerGradCam(model, model.get_submodule(layer)).attribute(
+                images.clone().requires_grad_(), target=classes, relu_attributions=True
+            )
+    except AssertionError as error:  # captum's, where the layer was never called
+        raise ValueError(f"the network goes around layer {layer!r}; choose a module that it is a part of") from error
+    if not _covers(maps.shape, images.shape):
+        raise ValueError(
+            f"layer {layer!r} gives no map of the image but shape {tuple(maps.shape)}; choose a stage of convolutions"
         )
-    if maps.ndim != 4:
-        raise ValueError(f"layer {layer!r} gives no map but shape {tuple(maps.shape)}; choose a stage of convolutions")
     large = F.interpolate(maps.detach(), images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     peaks = large.flatten(1).amax(1)[:, None, None]
     return np.asarray(torch.where(peaks > 0, large / peaks.clamp_min(1e-30), 0).cpu().numpy())
+
+
+def _covers(map_shape: Sequence[int], image_shape: Sequence[int]) -> bool:
+    """Whether maps have the proportions of the images: other axes, or windows of it, have not (but for rounding)."""
+    count, _, height, width = image_shape
+    return (
+        len(map_shape) == 4
+        and map_shape[0] == count
+        and abs(map_shape[2] * width - map_shape[3] * height) <= height + width
+    )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from PIL import Image
 
-from epsanet.data.images import ImageError, read_image
+from epsanet.data.images import ImageError, image_size, read_image
 from epsanet.data.loaders import evaluation_transform
 from epsanet.insight.explain import Explanation, explain
 from epsanet.network.bundle import RuntimeNetwork
@@ -17,7 +21,7 @@ from epsanet.network.detectors import load_detector
 from epsanet.network.model_folder import is_detector
 from epsanet.network.weights import load_model
 from epsanet.tasks.detection.inference import inference_detector
-from epsanet.tasks.detection.predict import Detections, detect_with
+from epsanet.tasks.detection.predict import Detections, detect_with, draw
 from epsanet.tasks.inference import inference_network
 from epsanet.tasks.scores import probabilities
 
@@ -27,6 +31,8 @@ _CPU = torch.device("cpu")
 _LEAST_SCORE = 0.05
 _KEPT = 32
 """Pictures whose objects are remembered, so that the slider answers at once."""
+_LONGER_SIDE = 2048
+"""Pixels, at most, of what a detector is given: a hundred masks are made at the size of the picture."""
 _TURN = threading.Lock()
 """Recording hooks and the threads of torch both want one picture at a time."""
 
@@ -89,15 +95,35 @@ class ServedDetector:
         self._detect = lru_cache(_KEPT)(self._detected)
 
     def detect(self, path: Path, score: float) -> Detections:
-        """What is found with this score or more."""
+        """What is found with this score or more; of a large picture, in the pixels of the reduced one."""
         with _TURN:
             return self._detect(path).at_least(score)
 
-    def _detected(self, path: Path) -> Detections:
-        (found,) = detect_with(self._network, self.class_names, [str(path)], _LEAST_SCORE, 1, 0, _CPU)
+    def draw(self, found: Detections) -> Image.Image:
+        """What was found, in the picture as the detector had it."""
+        with _reduced(Path(found.path)) as path:
+            return draw(replace(found, path=str(path)))
+
+    def _detected(self, picture: Path) -> Detections:
+        with _reduced(picture) as path:
+            (found,) = detect_with(self._network, self.class_names, [str(path)], _LEAST_SCORE, 1, 0, _CPU)
         if found.error:
             raise ImageError(found.error)
-        return found
+        return replace(found, image=str(picture), path=str(picture))
+
+
+@contextmanager
+def _reduced(path: Path) -> Iterator[Path]:
+    """A picture of bounded size: the file itself, or a smaller one that is gone after the block."""
+    if max(image_size(path)) <= _LONGER_SIDE:
+        yield path
+        return
+    image = read_image(path)
+    image.thumbnail((_LONGER_SIDE, _LONGER_SIDE))
+    with TemporaryDirectory() as folder:
+        smaller = Path(folder, "picture.png")
+        image.save(smaller, compress_level=1)
+        yield smaller
 
 
 ServedModel = ServedClassifier | ServedDetector

@@ -15,7 +15,6 @@ from matplotlib.colors import to_hex
 from epsanet.data.images import ImageError
 from epsanet.insight.figures import cam_overlay, share_norm
 from epsanet.insight.scales import ModuleScales
-from epsanet.tasks.detection.predict import draw
 from epsanet.web.models import ServedDetector, ServedModel
 from epsanet.web.uploads import MAX_BYTES, Room, check_upload
 
@@ -37,6 +36,7 @@ STYLE = """
 #picture img, #cam img, #drawn img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
 .title h1 { margin: 0.2em 0 0; }
 .title p, .describes { color: var(--body-text-color-subdued); margin: 0.1em 0 0.4em; }
+.gradio-container:has(.refused) #picture img { visibility: hidden; } /* which browsers show as a broken one */
 .refused { border-left: 4px solid #c2410c; padding: 0.6em 0.9em; background: var(--block-background-fill); }
 .scales { display: flex; flex-wrap: wrap; gap: 1em; }
 .scales table, .scales tr, .scales th { border: none !important; }
@@ -179,7 +179,7 @@ class _Page:
             if isinstance(model, ServedDetector):
                 found = model.detect(Path(path), score)
                 counted = gr.update(value=_counted(found.classes), visible=True)
-                yield nothing[0], gr.update(value=draw(found), visible=True), counted, *nothing[3:]
+                yield nothing[0], gr.update(value=model.draw(found), visible=True), counted, *nothing[3:]
                 return
             classes = gr.update(value=dict(model.classify(Path(path))), visible=True)
             yield *nothing[:3], classes, gr.skip(), gr.skip()
@@ -213,13 +213,15 @@ class _Page:
         served, path = self.models[model], self._checked(image)
         try:
             if isinstance(served, ServedDetector):
-                return draw(served.detect(path, score))
+                return served.draw(served.detect(path, score))
             explained = served.explain(path)
         except ImageError as error:
             raise _refused(error) from error
         if explained is None or explained.picture is None or explained.cam is None:
             raise gr.Error(
-                f"{model} hides its layers; serve the model folder that it was made from", print_exception=False
+                f"Grad-CAM needs layers of convolutions, and {model} shows none; choose another model, or serve the "
+                "folder that a bundle was made from",
+                print_exception=False,
             )
         return cam_overlay(explained.picture, explained.cam)
 

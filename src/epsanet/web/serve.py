@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _CONNECTIONS = 256
 _SWEEP_SECONDS = 15.0
 _TERMINATED = 128 + signal.SIGTERM
+_LOGGER = logging.getLogger(__name__)
 
 
 def serve(
@@ -140,7 +142,10 @@ def _application(sources: list[str], folder: Path, host: str, examples: str | No
 def _sweep(room: Any) -> None:
     pause = threading.Event()
     while not pause.wait(_SWEEP_SECONDS):
-        room.sweep()
+        try:
+            room.sweep()
+        except Exception:  # without this thread nothing would be deleted
+            _LOGGER.exception("uploads could not be deleted; this is tried again")
 
 
 def _run(app: Any, listener: socket.socket) -> None:

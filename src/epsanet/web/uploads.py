@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -17,6 +19,8 @@ MAX_BYTES = 20 * 2**20
 """Of one file."""
 _MAX_PIXELS = 64_000_000
 """More than today's telephones take."""
+_MAX_RATIO = 100
+"""Of the longer side to the shorter: networks enlarge the shorter one to hundreds of pixels, and the longer with it."""
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -27,7 +31,7 @@ def check_upload(path: Path) -> None:
         path: of the file.
 
     Raises:
-        ImageError: when it is too large, no JPEG, PNG or WebP, damaged, or has several frames.
+        ImageError: when it is too large or narrow, no JPEG, PNG or WebP, damaged, or has several frames.
     """
     if path.stat().st_size > MAX_BYTES:
         raise ImageError(f"larger than {MAX_BYTES // 2**20} MB; send a smaller picture")
@@ -41,6 +45,10 @@ def check_upload(path: Path) -> None:
         width, height = image.size
         if width * height > _MAX_PIXELS:
             raise ImageError(f"{width}×{height} pixels, more than {_MAX_PIXELS:,}; send a smaller picture")
+        if max(width, height) > _MAX_RATIO * min(width, height):
+            raise ImageError(
+                f"{width}×{height} pixels, more than {_MAX_RATIO} times as long as wide; send a part of it"
+            )
         # What telephones call MPO is a JPEG with a preview or a depth map behind it.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         if frames > 1:
@@ -64,7 +72,7 @@ class Room:
         self.folder, self.most, self.keep_seconds, self.guard_seconds = folder, most, keep_seconds, guard_seconds
         self.permanent: Collection[str] = frozenset()
         """Paths of files that stay: those of the page itself."""
-        self._used = 0
+        self._used, self._sweeping = 0, threading.Lock()
 
     def holds(self, path: str) -> bool:
         """Whether a path leads to a file inside the folder, with links followed."""
@@ -83,7 +91,12 @@ class Room:
         return True
 
     def sweep(self, size: int = 0) -> None:
-        """Delete what is old, and what is oldest where there is no room for so many bytes."""
+        """Delete what is old, and what is oldest where there is no room for so many bytes; one sweep at a time."""
+        with self._sweeping:
+            self._used = self._swept(size)
+
+    def _swept(self, size: int) -> int:
+        """Bytes that are left."""
         now, found = time.time(), []
         for place, _, names in os.walk(self.folder):
             for name in names:
@@ -102,6 +115,7 @@ class Room:
                 break
             path.unlink(missing_ok=True)
             used -= bytes_
-            if path.parent != self.folder and not any(path.parent.iterdir()):
-                path.parent.rmdir()
-        self._used = used
+            if path.parent != self.folder:
+                with contextlib.suppress(OSError):  # other files are in it, or come this moment
+                    path.parent.rmdir()
+        return used
