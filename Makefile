@@ -32,10 +32,10 @@ demo: $(VENV)/.ready
 	$(BIN)/epsanet train $(RECIPE) --data $(DATA) --output runs/demo
 	$(BIN)/epsanet evaluate runs/demo/model --data $(DATA)
 
-# A process a core, with one thread each: most tests are too small to use two. A worker that dies is not replaced: with
-# loadfile, pytest-xdist would then wait for its file for ever.
+# A process a core, with one thread each: most tests are too small to use two. They take the groups of files of
+# tests/conftest.py in turn. A worker that dies is not replaced: pytest-xdist would then wait for its files for ever.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -203,7 +203,11 @@ def start(models: list[str], log: Path) -> tuple[subprocess.Popen[bytes], str]:
     """
     with log.open("wb") as file:
         server = subprocess.Popen(
-            [sys.executable, "-m", "epsanet", "serve", *models, "--port", "0"], stdout=file, stderr=file
+            [sys.executable, "-m", "epsanet", "serve", *models, "--port", "0"],
+            stdout=file,
+            stderr=file,
+            # A shell has what it runs in the background ignore Ctrl-C, and so does what that starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     while not (found := re.search(r"http://[\d.:]+", log.read_text())):
         if server.poll() is not None:

@@ -1,6 +1,9 @@
-"""What all tests share: reproducible randomness."""
+"""What all tests share: reproducible randomness, their order in several processes, and the cost of the networks."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -10,8 +13,56 @@ settings.register_profile("reproducible", derandomize=True, deadline=None, max_e
 settings.load_profile("reproducible")
 
 
+# Files that share a costly fixture go to one process. Those that take longest go first, so that at the end there is
+# something left for each process; the rest follows in its order.
+GROUPS = (
+    ("test_fuzz",),
+    ("test_machines",),
+    ("test_export", "test_bundle_checks"),
+    ("test_faults", "test_checkpoints", "test_detection_faults"),
+    ("test_resume",),
+    ("test_detection_export",),
+    ("test_studies",),
+    ("test_cli", "test_cost", "test_docs"),
+    ("test_contract",),
+    ("test_optimize",),
+    ("test_weights",),
+    ("test_api", "test_gate", "test_page"),
+    ("test_detection_learning",),
+    ("test_detection_runs",),
+)
+
+
+PLACES = {name: place for place, group in enumerate(GROUPS) for name in group}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: PLACES.get(item.path.stem, len(GROUPS)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The scheduler of ``--dist loadfile``, with a group in the place of a file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return str(PLACES.get(Path(file).stem, file))
+
+    return Groups(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_every_run() -> None:
     import torch  # here, so that tests of a light import can be collected without it
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def costs() -> list[Any]:
+    """The table of every network's cost, which takes as long as many a test."""
+    from epsanet.study.cost import cost_table
+
+    return cost_table()

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,20 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
         (temporary / "new.txt").write_text("new")
     assert names(target) == ["old.txt"]
     assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_an_error_that_names_no_file_names_what_was_to_be_written(
+    atomic: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path
+) -> None:
+    """A full disk is such an error."""
+    with pytest.raises(OSError, match="No space") as raised, atomic(tmp_path / "target"):
+        raise OSError(28, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "target")
+    with pytest.raises(FileNotFoundError) as missing, atomic(tmp_path / "target"):
+        (tmp_path / "other").read_bytes()
+    assert missing.value.filename == str(tmp_path / "other")
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

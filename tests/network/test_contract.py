@@ -2,8 +2,8 @@
 
 Each network is built once and shared; tests that change one take a copy. Twins with other arguments are built on the
 meta device and given the same tensors, so that what differs is the argument alone. The networks for ImageNet come
-here with a quarter of their width, which keeps every layer and option of the variant and costs a sixteenth; the first
-test alone takes them as they are.
+here with a quarter of their width and two blocks a stage, which keeps every kind of layer and option of the variant;
+those that differ from another one in the number of blocks alone come as that one. The first test takes all as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ import epsanet
 from epsanet.network.epsanet import EPSABasicBlock, EPSABlock
 
 VARIANTS = sorted(timm.list_models("epsanet*"))
+DEEPER = {
+    "epsanet34": "epsanet18",
+    "epsanet101_small": "epsanet50_small",
+    "epsanet101_large": "epsanet50_large",
+    "epsanet101_large_g32": "epsanet50_large_g32",
+    "epsanet38_tiny": "epsanet26_tiny",
+    "epsanet50_tiny_x2": "epsanet26_tiny_x2",
+}
+"""Another variant with more blocks, and which."""
+LAYERS = (2, 2, 2, 2)
 
 
 class Subject(NamedTuple):
@@ -32,7 +42,7 @@ class Subject(NamedTuple):
     size: int
     """Height and width of the test images: as small as five stages allow."""
     narrow: dict[str, Any]
-    """The arguments that make it a quarter as wide."""
+    """The arguments that make it a quarter as wide, and no deeper than it must be."""
 
     @property
     def strides(self) -> list[int]:
@@ -53,11 +63,11 @@ class Subject(NamedTuple):
         return twin
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=[name for name in VARIANTS if name not in DEEPER])
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     torch.manual_seed(1)
     tiny = "tiny" in request.param
-    narrow = {} if tiny else {"channels": (16, 32, 64, 128)}
+    narrow = {} if tiny else {"channels": (16, 32, 64, 128), "layers": LAYERS}
     model = timm.create_model(request.param, **narrow)
     subject = Subject(request.param, model, 32 if tiny else 64, narrow)
     norms = [module for module in subject.model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -108,6 +118,20 @@ def test_at_full_width_backward_gives_every_parameter_a_finite_gradient_that_is_
         assert gradient is not None, f"{key} has no part in the output"
         assert gradient.isfinite().all(), key
         assert gradient.abs().max() > 0, key
+
+
+@pytest.mark.parametrize(("deeper", "name"), DEEPER.items())
+def test_a_deeper_variant_with_as_many_blocks_is_the_other_one(deeper: str, name: str) -> None:
+    def parts(variant: str) -> list[tuple[str, type[nn.Module], dict[str, Any]]]:
+        with torch.device("meta"):
+            model = timm.create_model(variant, layers=LAYERS)
+        return [
+            (place, type(module), {key: value for key, value in vars(module).items() if not key.startswith("_")})
+            for place, module in model.named_modules()
+            if module is not model
+        ]
+
+    assert parts(deeper) == parts(name)
 
 
 def test_a_step_along_the_gradient_lowers_the_loss_as_much_as_the_gradient_says(subject: Subject) -> None:
@@ -188,15 +212,22 @@ def test_one_image_gives_the_row_it_gives_in_a_batch(subject: Subject) -> None:
     assert (rows[0] - rows[1]).abs().max() > 1e-3, "all images give the same row"
 
 
-def test_bfloat16_autocast_is_close_to_float32_and_trains(subject: Subject) -> None:
+def test_bfloat16_autocast_is_close_to_float32_forwards_and_backwards(subject: Subject) -> None:
     x = subject.images()
+    model = subject.twin()
     with torch.no_grad():
-        expected = subject.model(x)
+        expected = model(x)
         with torch.autocast("cpu", torch.bfloat16):
-            output = subject.model(x)
+            output = model(x)
     assert output.dtype == torch.bfloat16
     cosine = nn.functional.cosine_similarity(output.float(), expected, dim=1)
     assert (cosine > 0.995).all(), cosine
+    exact = torch.cat([slope.flatten() for slope in gradients(model, x).values()])
+    with torch.autocast("cpu", torch.bfloat16):
+        slopes = gradients(model, x)
+    assert all(slope.dtype == torch.float32 and slope.isfinite().all() for slope in slopes.values())
+    cosine = nn.functional.cosine_similarity(torch.cat([slope.flatten() for slope in slopes.values()]), exact, dim=0)
+    assert cosine > 0.95, cosine
 
 
 def test_gradient_checkpointing_gives_the_same_gradients_by_running_the_stages_twice(subject: Subject) -> None:

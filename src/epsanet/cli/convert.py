@@ -15,7 +15,7 @@ def parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("source", type=str, help="Checkpoint of the released code, or a model folder.")
+    parser.add_argument("source", type=str, help="Checkpoint of the released code, or model folder of a classifier.")
     parser.add_argument("destination", type=str, help="Folder to write, or a file that ends in .pth or .pth.tar.")
     parser.add_argument("--data_parallel", action="store_true", help="Put module. before each name of a checkpoint.")
     return parser

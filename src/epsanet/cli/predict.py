@@ -20,8 +20,8 @@ def parser() -> ArgumentParser:
     parser.add_argument("model", type=str, help=f"{MODEL_HELP[:-1]}, or an exported bundle.")
     parser.add_argument("images", type=str, nargs="+", help="Files, folders or glob patterns.")
     parser.add_argument("--output", type=str | None, default=None, help="Write x.csv, x.json or x.parquet instead.")
-    parser.add_argument("--topk", type=int, default=5, help="Classes an image.")
-    parser.add_argument("--score_thresh", type=float, default=0.5, help="Detectors: the least score.")
+    parser.add_argument("--topk", type=int | None, default=None, help="Classifiers: classes an image; 5.")
+    parser.add_argument("--score_thresh", type=float | None, default=None, help="Detectors: the least score; 0.5.")
     parser.add_argument("--pictures", type=str | None, default=None, help="Detectors: draw the images into a folder.")
     parser.add_argument("--batch_size", type=int | None, default=None, help="Images at a time; 32, detectors 4.")
     parser.add_argument("--workers", type=int, default=0, help="Processes that read images.")
@@ -38,15 +38,22 @@ def run(values: dict[str, Any]) -> int:
     keep_freed_memory()
     if values["output"] is not None:
         check_output(values["output"])
-    pictures, score_thresh = values.pop("pictures"), values.pop("score_thresh")
     detector = is_detector(values["model"])
+    _refuse_other_task(values, detector=detector)
     if values["batch_size"] is None:
         values["batch_size"] = 4 if detector else 32
+    pictures, score_thresh, topk = values.pop("pictures"), values.pop("score_thresh"), values.pop("topk")
     if detector:
-        return _detect(values, pictures, score_thresh)
-    if pictures is not None:
-        raise ValueError(f"--pictures draws what a detector found, and {values['model']} is none; leave it out")
-    return _classify(values)
+        return _detect(values, pictures, 0.5 if score_thresh is None else score_thresh)
+    return _classify({**values, "topk": 5 if topk is None else topk})
+
+
+def _refuse_other_task(values: dict[str, Any], *, detector: bool) -> None:
+    if detector and values["topk"] is not None:
+        raise ValueError(f"--topk is for classifiers, and {values['model']} holds a detector; leave it out")
+    for flag in ("score_thresh", "pictures"):
+        if not detector and values[flag] is not None:
+            raise ValueError(f"--{flag} is for detectors, and {values['model']} holds none; leave it out")
 
 
 def _detect(values: dict[str, Any], pictures: str | None, score_thresh: float) -> int:
@@ -62,7 +69,6 @@ def _detect(values: dict[str, Any], pictures: str | None, score_thresh: float) -
     if process_of_many()[1] > 1:
         raise ValueError("a detector predicts in one process; give each its own images and --output")
     output = values.pop("output")
-    values.pop("topk")
     paths = find_images(values.pop("images"))
     rows = detect(values.pop("model"), paths, score_thresh=score_thresh, **values)
     if pictures is not None:

@@ -16,7 +16,7 @@ def parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("model", type=str, help="Model or run folder, or weights of this package.")
+    parser.add_argument("model", type=str, help="Model or run folder of a classifier, or weights of this package.")
     parser.add_argument("repo", type=str, help="USER/NAME on the Hub; made if it is not there.")
     parser.add_argument("--dry_run", action="store_true", help="Check and list what would be uploaded, and stop.")
     parser.add_argument("--private", action="store_true", help="Make a new repository for its owner only.")

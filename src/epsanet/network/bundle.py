@@ -103,7 +103,9 @@ def read_bundle(folder: Path) -> tuple[RuntimeNetwork, dict[str, Any]]:
     """
     description = _read_description(folder)
     if description.get("task") == DETECTION:
-        raise ValueError(f"{folder} holds a detector; epsanet.load_detector reads it")
+        raise ValueError(
+            f"{folder} holds a detector; epsanet.load_detector reads it, and so do predict, evaluate, export and serve"
+        )
     path = folder / NETWORK_NAMES[description["format"]]
     _, height, width = description["data_config"]["input_size"]
     run = open_runtime(description["format"], path, (1, *description["data_config"]["input_size"]))
