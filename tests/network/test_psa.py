@@ -351,7 +351,7 @@ def test_a_changed_branch_is_computed_as_it_says_and_refused_by_the_kernels(bran
     ],
 )
 def test_a_watched_branch_is_called_and_refused_by_the_kernels(watch: Callable[..., Any]) -> None:
-    spc, x, seen = SPC(64, 64), torch.randn(2, 64, 7, 6), []
+    spc, x, seen = SPC(64, 64), torch.randn(2, 64, 7, 6, requires_grad=True), []
     handle = watch(spc.branches[2], lambda *_: seen.append("called"))
     spc(x).sum().backward()
     assert seen == ["called"]

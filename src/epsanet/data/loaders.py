@@ -241,7 +241,7 @@ class EvaluationOrder(Sampler[list[int]]):
             yield list(range(start, min(start + self.batch_size, self.length)))
 
 
-_TOLD = re.compile(r"Caught (\w+) in DataLoader worker process .*^(?:[\w.]+\.)?\1: (.+)", re.DOTALL | re.MULTILINE)
+_TOLD = re.compile(r"Caught (\w+) in DataLoader worker process .*^(?:[\w.]+\.)?\1(?:: (.+))?", re.DOTALL | re.MULTILINE)
 """What torch makes of the error of a loader process; its last part is the error's own text."""
 
 
@@ -255,11 +255,16 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
             yield from super().__iter__()
-        except (ValueError, OSError) as error:
+        except Exception as error:
             told = _TOLD.match(str(error))
             if told is None:
                 raise
-            raise type(error)(told[2].strip()) from error
+            # Torch's variables keep each other alive by the traceback, and with them the processes. At its end, Python
+            # would wait for these without end: they leave SIGTERM alone.
+            error.__traceback__ = None
+            if isinstance(error, ValueError | OSError):
+                raise type(error)((told[2] or told[1]).strip()) from error
+            raise error from None
 
 
 class TrainLoader(Loader):

@@ -105,8 +105,8 @@ def say_missing() -> None:
         _said_missing = True
         warnings.warn(
             f"epsanet's native kernels are not in this installation ({_missing}); PSA uses torch's convolutions, "
-            "several times slower on CPUs. Reinstall epsanet where GCC or Clang is found, with --no-cache-dir: pip "
-            "may have kept the package that it built without a compiler.",
+            "several times slower on CPUs. Reinstall epsanet where GCC or Clang (for C++17) is found, and with "
+            "--no-cache-dir: pip may have kept the package that it built without a compiler.",
             stacklevel=3,
         )
 
