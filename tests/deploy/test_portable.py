@@ -32,10 +32,10 @@ def test_every_form_of_a_branch_is_the_same_convolution(
 
 
 def test_forms_do_not_multiply_much_more_often_than_the_branch() -> None:
-    conv = nn.Conv2d(512, 128, 9, groups=16)
+    conv = nn.Conv2d(512, 128, 9, groups=16, bias=False)
     assert branch_forms(conv) == [16, 8, 4, 2]  # a group for each input channel would be 32 times the maps
-    assert branch_forms(nn.Conv2d(64, 16, 9, groups=16)) == [16, 8, 4, 2, 64]
-    assert branch_forms(nn.Conv2d(64, 16, 3)) == [1]
+    assert branch_forms(nn.Conv2d(64, 16, 9, groups=16, bias=False)) == [16, 8, 4, 2, 64]
+    assert branch_forms(nn.Conv2d(64, 16, 3, bias=False)) == [1]
 
 
 @pytest.mark.parametrize("name", ["epsanet14_tiny", "epsanet18", "epsanet50_large"])
@@ -54,6 +54,38 @@ def test_a_portable_network_has_no_norms_and_the_same_logits_in_every_form(name:
         assert not any(isinstance(module, (PSA, nn.BatchNorm2d)) for module in network.modules())
         assert sum(isinstance(module, PortablePSA) for module in network.modules()) == len(modules)
         assert (network(x) - expected).abs().max() <= 2e-5 * max(1.0, expected.abs().max().item())
+
+
+class Twice(nn.Module):
+    """One PSA module in two places, with a norm after each, as a network of shared weights has it."""
+
+    def __init__(self, bias: bool = False, padding_mode: str = "zeros", wrapped: bool = False) -> None:
+        super().__init__()
+        self.psa = PSA(32, groups=(1, 2, 4, 8))
+        for index, branch in enumerate(self.psa.spc.branches):
+            branch.padding_mode = padding_mode  # type: ignore[assignment]
+            if bias:
+                branch.bias = nn.Parameter(torch.randn(8))  # type: ignore[assignment]
+            if wrapped:
+                self.psa.spc.branches[index] = nn.Sequential(branch, nn.Tanh())
+        self.norm = nn.BatchNorm2d(32)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.psa(self.norm(self.psa(x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize("subject", [{}, {"bias": True}, {"padding_mode": "circular"}, {"wrapped": True}], ids=str)
+def test_modules_that_are_shared_or_changed_are_portable_too(subject: dict[str, bool]) -> None:
+    torch.manual_seed(3)
+    model, x = Twice(**subject).eval(), torch.randn(2, 32, 9, 9)  # type: ignore[arg-type]
+    branches = [branch for branch in model.psa.spc.branches if isinstance(branch, nn.Conv2d)]
+    forms = {"psa": [branch_forms(conv)[-1] for conv in branches]} if branches else None
+    with kernels.use("reference"):
+        expected = model(x)
+        network = portable(model, forms)
+        torch.testing.assert_close(network(x), expected, atol=1e-6, rtol=1e-5)
+    assert isinstance(network.get_submodule("psa"), PSA if "wrapped" in subject else PortablePSA)
 
 
 def test_other_softmax_and_a_network_that_cannot_be_traced_are_portable_too() -> None:

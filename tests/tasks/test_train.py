@@ -469,6 +469,10 @@ def test_raise_stops_at_a_damaged_image_before_anything_is_written(small: Small,
         ({"sync_batchnorm": True}, "sync_batchnorm=true is for GPUs; torch has none on cpu"),
         ({"optimizer__opt": "sdg"}, r"optimizer\.opt='sdg'"),
         ({"optimizer__opt_args": {"beta": 1}}, r"opt='sgd' with opt_args=\{'beta': 1\} cannot .* unexpected .* 'beta'"),
+        ({"schedule__sched": "cosinus"}, r"schedule\.sched='cosinus' cannot be had from timm: Unknown"),
+        ({"schedule__sched": "plateau"}, r"schedule\.sched='plateau' cannot be had from timm: .* step per epoch"),
+        ({"schedule__sched": "none"}, r"schedule\.sched='none' is no schedule; use constant"),
+        ({"schedule__sched_args": {"cycles": 2}}, r"'cosine' with sched_args=\{'cycles': 2\} cannot .* 'cycles'"),
         ({"data__auto_augment": "rnd-m9"}, "auto_augment|rnd"),
         (
             {"data__mixup": 0.2, "data__batch_size": 64, "data__train_fraction": 1 / 3},
@@ -483,6 +487,35 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
         train(small(tmp_path / "run", **changes))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (
+            ScheduleConfig(epochs=2, sched_args={"cycle_limit": 2, "cycle_decay": 0.5}),
+            lambda step: 0.5 ** (step // 10) * 0.5 * (1 + math.cos(math.pi * (step % 10) / 10)),
+        ),
+        (
+            ScheduleConfig(sched="wsd", epochs=4, min_lr=0.2, sched_args={"decay_epochs": 0.25, "decay_fn": "linear"}),
+            lambda step: 1 - 0.8 * max(0, step - 15) / 5,
+        ),
+        (
+            ScheduleConfig(sched="constant", epochs=4, warmup_epochs=1, warmup_lr=0.5),
+            lambda step: min(1, 0.5 + 0.5 * step / 5),
+        ),
+        (ScheduleConfig(sched="step", epochs=4, decay_epochs=2, decay_rate=0.1), lambda step: 0.1 ** (step // 10)),
+    ],
+    ids=lambda value: value.sched if isinstance(value, ScheduleConfig) else "",
+)
+def test_schedules_are_had_by_name_with_all_that_timm_lets_one_set(
+    schedule: ScheduleConfig, expected: Callable[[int], float]
+) -> None:
+    config = TrainConfig(optimizer=OptimizerConfig(lr=1.0), schedule=schedule)
+    found: Any = Classifier(torch.nn.Linear(2, 3), ["a", "b", "c"], config, updates_per_epoch=5).configure_optimizers()
+    for step in range(20):
+        found["lr_scheduler"]["scheduler"].step_update(num_updates=step)
+        assert found["optimizer"].param_groups[0]["lr"] == pytest.approx(expected(step), abs=1e-9), step
 
 
 def test_images_that_do_not_suffice_are_refused_before_anything_is_written(

@@ -84,7 +84,7 @@ def test_a_flag_goes_before_the_recipe_and_the_recipe_before_the_default(tmp_pat
         ("schedule: {epoch: 3}", "epoch"),
         ("modle: resnet18", "modle"),
         ("optimizer: {lr: quick}", "lr"),
-        ("schedule: {sched: cosinus}", "sched"),
+        ("schedule: {sched_args: {warmup_lr: 1}}", r"sched_args has warmup_lr, which .* use --schedule\.warmup_lr"),
         ("schedule: {epochs: 0}", r"schedule\.epochs=0 is impossible; use 1 or more"),
         ("data: {hflip: 2}", r"data\.hflip=2(\.0)? is no probability"),
         ("model: [", "parsing config.*line 2"),

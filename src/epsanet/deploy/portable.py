@@ -27,11 +27,13 @@ MOST_TIMES_MORE_WORK = 8
 
 
 def branch_forms(conv: nn.Conv2d) -> list[int]:
-    """Groups of the forms that a branch can take, its own first.
+    """Groups of the forms that a branch can take, its own first; a bias or padding without zeros has no other.
 
     Args:
         conv: a branch of an SPC.
     """
+    if conv.bias is not None or conv.padding_mode != "zeros":
+        return [conv.groups]
     merged = [count for count in range(1, conv.groups) if conv.groups % count == 0]
     forms = [conv.groups, *(count for count in reversed(merged) if conv.groups // count <= MOST_TIMES_MORE_WORK)]
     together = conv.in_channels // conv.groups
@@ -149,6 +151,11 @@ class PortablePSA(nn.Module):
         return y if self.shift is None else y + self.shift
 
 
+def _plain(psa: PSA) -> bool:
+    """Whether the branches are convolutions and nothing else, as no adapter or subclass has changed them."""
+    return all(type(branch) is nn.Conv2d for branch in psa.spc.branches)
+
+
 def portable(model: nn.Module, forms: Mapping[str, Sequence[int]] | None = None) -> nn.Module:
     """A copy of a network in plain operators, for inference.
 
@@ -157,29 +164,31 @@ def portable(model: nn.Module, forms: Mapping[str, Sequence[int]] | None = None)
         forms: groups of each branch by the name of the PSA module; a branch's own when left out.
 
     Returns:
-        A module with the same logits to rounding. Where the network cannot be traced, norms stay.
+        A module with the same logits to rounding. Where the network cannot be traced, norms stay; a PSA module whose
+        branches are not convolutions stays as it is.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     forms = forms or {}
-    names = {id(module): name for name, module in frozen.named_modules() if isinstance(module, PSA)}
+    modules = {name: module for name, module in frozen.named_modules() if isinstance(module, PSA) and _plain(module)}
     try:
         network = Tracer().trace_module(frozen)
     except (fx.proxy.TraceError, TypeError, NotImplementedError):
-        for module, name in [(frozen.get_submodule(name), name) for name in names.values()]:
-            frozen.set_submodule(name, PortablePSA(module, None, forms.get(name)))  # type: ignore[arg-type]
+        for name, module in modules.items():
+            frozen.set_submodule(name, PortablePSA(module, None, forms.get(name)))
         return frozen.requires_grad_(False)
     rewriter = Rewriter(network)
     for node in [*rewriter.nodes(nn.Identity), *rewriter.nodes(nn.Dropout)]:
         rewriter.drop(node)
     fold_norms(rewriter)
     for node in rewriter.nodes(PSA):
-        psa = rewriter.layer(node)
-        assert isinstance(psa, PSA)
+        psa, name = rewriter.layer(node), str(node.target)
+        if name not in modules or psa is not modules[name]:  # called twice, and replaced at the first call
+            continue
         after = rewriter.only_user(node)
         norm = rewriter.layer(after) if after is not None and foldable(rewriter.layer(after)) else None
         if norm is not None and after is not None:
             rewriter.drop(after)
-        rewriter.replace(node, PortablePSA(psa, norm, forms.get(names[id(psa)])))  # type: ignore[arg-type]
+        rewriter.replace(node, PortablePSA(modules[name], norm, forms.get(name)))  # type: ignore[arg-type]
     network.graph.lint()
     network.recompile()
     network.delete_all_unused_submodules()

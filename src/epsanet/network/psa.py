@@ -237,11 +237,11 @@ class SPC(nn.Module):
     def reason_against_kernels(self, x_NCHW: Tensor) -> str | None:
         """Why the native kernels cannot compute this layer, or None where they can: branches may have been changed."""
         convs: list[Any] = list(self.branches)
+        if any(type(conv) is not nn.Conv2d or hooked(conv) for conv in convs):
+            return "a branch has been wrapped or has a hook, and has to be called"
         first = convs[0]
         stride, dilation = first.stride[0], first.dilation[0]
         for conv in convs:
-            if type(conv) is not nn.Conv2d or hooked(conv):
-                return "a branch has been wrapped or has a hook, and has to be called"
             size = conv.kernel_size[0]
             shape = (conv.kernel_size, conv.stride, conv.dilation, conv.padding)
             usual = tuple((value, value) for value in (size, stride, dilation, dilation * (size - 1) // 2))

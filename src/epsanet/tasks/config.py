@@ -69,8 +69,8 @@ class OptimizerConfig:
 class ScheduleConfig:
     """timm's learning rate schedules, stepped after every batch."""
 
-    sched: Literal["cosine", "step", "multistep", "poly", "tanh"] = "cosine"
-    """Shape of the decay."""
+    sched: str = "cosine"
+    """Shape of the decay, by timm's name: cosine, step, multistep, poly, tanh, wsd, rsqrt or constant."""
     epochs: int = 120
     """Passes over the training images."""
     warmup_epochs: float = 0
@@ -78,15 +78,22 @@ class ScheduleConfig:
     warmup_lr: float = 1e-5
     """Where the rise begins."""
     min_lr: float = 0.0
-    """Where cosine, poly and tanh end."""
+    """Where all but step, multistep and constant end."""
     decay_epochs: int = 30
     """Of step: epochs between two reductions."""
     decay_milestones: list[int] = field(default_factory=lambda: [30, 60, 90])
     """Of multistep: epochs of the reductions."""
     decay_rate: float = 0.1
     """Of step and multistep: factor of a reduction. Of poly: the power."""
+    sched_args: dict[str, Any] | None = None
+    """More arguments of timm's create_scheduler_v2, for example {decay_epochs: 0.3} of wsd or {cycle_limit: 3} of
+    cosine."""
 
     def __post_init__(self) -> None:
+        own = [name for name in self.__dataclass_fields__ if name != "decay_epochs" or self.sched == "step"]
+        twice = next((name for name in self.sched_args or () if name in own), None)
+        if twice is not None:
+            raise ValueError(f"schedule.sched_args has {twice}, which has a flag of its own; use --schedule.{twice}")
         if self.epochs < 1:
             raise ValueError(f"schedule.epochs={self.epochs} is impossible; use 1 or more")
         if not 0 <= self.warmup_epochs <= self.epochs:

@@ -171,19 +171,26 @@ class TaskModule(lightning.LightningModule):
         except (ValueError, AssertionError, TypeError) as error:
             given = f" with opt_args={wanted.opt_args}" if wanted.opt_args else ""
             raise ValueError(f"optimizer.opt={wanted.opt!r}{given} cannot be had from timm: {error}") from error
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=schedule.sched,
-            num_epochs=schedule.epochs,
-            warmup_epochs=schedule.warmup_epochs,
-            warmup_lr=schedule.warmup_lr,
-            min_lr=schedule.min_lr,
-            decay_epochs=schedule.decay_epochs,
-            decay_milestones=schedule.decay_milestones,
-            decay_rate=schedule.decay_rate,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates_per_epoch,
-        )
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=schedule.sched,
+                num_epochs=schedule.epochs,
+                warmup_epochs=schedule.warmup_epochs,
+                warmup_lr=schedule.warmup_lr,
+                min_lr=schedule.min_lr,
+                decay_milestones=schedule.decay_milestones,
+                decay_rate=schedule.decay_rate,
+                step_on_epochs=False,
+                updates_per_epoch=self.updates_per_epoch,
+                **({"decay_epochs": schedule.decay_epochs} if schedule.sched == "step" else {}),
+                **(schedule.sched_args or {}),
+            )
+        except (ValueError, AssertionError, TypeError) as error:
+            given = f" with sched_args={schedule.sched_args}" if schedule.sched_args else ""
+            raise ValueError(f"schedule.sched={schedule.sched!r}{given} cannot be had from timm: {error}") from error
+        if scheduler is None:
+            raise ValueError(f"schedule.sched={schedule.sched!r} is no schedule; use constant")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
