@@ -170,6 +170,7 @@ def test_the_command_tells_the_preferences_of_a_data_set(folder: Path, pictures:
         (["--layer", "nose", "{image}"], "no layer"),
         (["--layer", "layer1.0.conv2.se", "{image}"], "goes around layer 'layer1.0.conv2.se'"),
         (["--topk", "0", "{image}"], "topk=0 must be 1 or more"),
+        (["{image}", "--data", "nowhere"], "there is no data set 'nowhere'"),
     ],
 )
 def test_what_cannot_be_explained_is_said_in_one_line(

@@ -107,6 +107,16 @@ def test_a_wrong_recipe_names_the_key_in_one_line(text: str, message: str, tmp_p
     assert "\n" not in str(raised.value)
 
 
+def test_a_mistake_is_placed_in_the_file_or_among_the_flags(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("optimizer: {lr: quick}\n")
+    with pytest.raises(ValueError, match=rf'^{re.escape(str(path))}: Parser key "optimizer\.lr": .*quick'):
+        load_recipe(str(path))
+    path.write_text("optimizer: {lr: 0.1}\n")
+    with pytest.raises(ValueError, match=r'^Parser key "optimizer\.lr": .*fast'):
+        load_recipe(str(path), ["--optimizer.lr=fast"])
+
+
 def test_a_recipe_that_is_not_there_lists_those_that_are() -> None:
     with pytest.raises(ValueError, match=r"no recipe 'digit': shipped are .*digits, .*folder.*, or name a YAML file"):
         load_recipe("digit")

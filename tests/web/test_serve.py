@@ -39,6 +39,7 @@ def taken() -> Iterator[int]:
         ),
         ([DIGITS, "--port=0", "--host=192.0.2.1"], "of 192.0.2.1 cannot be had"),
         ([DIGITS, "--port=0", "--examples={tmp}"], "holds no images"),
+        ([DIGITS, "--port=0", "--examples=nowhere"], "there is no folder 'nowhere' of pictures to try"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

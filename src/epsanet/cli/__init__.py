@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from epsanet._flags import refuse_empty
+from epsanet._flags import file_at_fault, refuse_empty
 from epsanet.cli.flags import EXIT_INTERRUPTED, EXIT_USER
 
 __all__ = ["COMMANDS", "main"]
@@ -107,15 +107,17 @@ def _run(words: list[str]) -> int:
             # jsonargparse wants the upper level first
             flags = command.add_parts(sub) if hasattr(command, "add_parts") else {"": sub}
     arrange = getattr(command, "arrange", None)
+    words = arrange(words) if arrange else words
     try:
-        namespace = parser.parse_args(arrange(words) if arrange else words)
+        namespace = parser.parse_args(words)
         if chosen:
             given = namespace[chosen]
             part = "" if "" in flags else given.part
             refuse_empty(flags[part], given[part] if part else given)
         values = parser.instantiate(namespace)
     except ArgumentError as error:
-        raise ValueError(f"{error}; see epsanet {chosen + ' ' if chosen else ''}--help") from error
+        see = f"epsanet {chosen + ' ' if chosen else ''}--help"
+        raise ValueError(f"{file_at_fault(error, words)}{error}; see {see}") from error
     except SystemExit as end:
         return int(end.code or 0)
     code: int = command.run(vars(values[chosen]))

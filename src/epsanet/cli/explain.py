@@ -46,18 +46,18 @@ def run(values: dict[str, Any]) -> int:
         raise ValueError("nothing to explain; name images, or a data set with --data")
     paths = find_images(values["images"])
     loaded = load_model(values["model"])
-    failed = 0
-    if paths:
-        found = explain(loaded, paths, topk=values["topk"], layer=values["layer"])
-        for explanation, place in track(save_explanations(folder, found), len(paths), "explaining"):
-            failed += bool(explanation.error)
-            if explanation.error:
-                print(f"{explanation.image}: {explanation.error}")
-            else:
-                print(f"{place}  {explanation.classes[0]} {explanation.probabilities[0]:.1%}")
-        if failed:
-            messages.print(f"{failed:,} of {len(paths):,} images could not be read")
+    found = explain(loaded, paths, topk=values["topk"], layer=values["layer"]) if paths else iter(())
     if data.source:
         explain_data(loaded, data, folder, split=values["split"], progress=track)
         print(f"{folder}/scales.csv and scales.png: the scales that each block prefers, by class")
+    failed = 0
+    pictures = save_explanations(folder, found)
+    for explanation, place in track(pictures, len(paths), "explaining") if paths else pictures:
+        failed += bool(explanation.error)
+        if explanation.error:
+            print(f"{explanation.image}: {explanation.error}")
+        else:
+            print(f"{place}  {explanation.classes[0]} {explanation.probabilities[0]:.1%}")
+    if failed:
+        messages.print(f"{failed:,} of {len(paths):,} images could not be read")
     return EXIT_USER if paths and failed == len(paths) else 0

@@ -17,12 +17,13 @@ class ExportConfig:
     format: Format = "onnx"
     """onnx (ONNX Runtime and others), openvino (Intel's, also fast on other CPUs) or pt2 (torch.export)."""
     images: str | None = None
-    """Images to check with, or a data set as --data takes it (for a detector a folder); those of --calibrate, or
-    included ones, when left out."""
+    """Images to check with, or a data set as --data takes it but torch/NAME (for a detector a folder); those of
+    --calibrate, or included ones, when left out."""
     int8: bool = False
     """Quantise to eight bits; needs --calibrate."""
     calibrate: str | None = None
-    """Images to calibrate int8 with, like those it will see: a folder, or a data set as --data takes it."""
+    """Images to calibrate int8 with, like those it will see: a folder, or a data set as --data takes it but
+    torch/NAME."""
     accuracy_drop: float | None = None
     """Points of top-1 that int8 may lose at most; layers that harm stay float32. OpenVINO, labelled images."""
     tune: bool = False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from epsanet._flags import refuse_empty
+from epsanet._flags import file_at_fault, refuse_empty
 from epsanet.data.config import DataConfig
 from epsanet.network.detector_config import DetectorConfig
 
@@ -264,12 +264,12 @@ def load_recipe(name: str = "digits", overrides: list[str] | None = None) -> Tra
     """
     from jsonargparse import ArgumentError
 
-    parser = train_parser()
+    parser, words = train_parser(), [f"--config={recipe_path(name)}", *(overrides or [])]
     try:
-        namespace = parser.parse_args([f"--config={recipe_path(name)}", *(overrides or [])])
+        namespace = parser.parse_args(words)
         refuse_empty(parser, namespace)
         values = parser.instantiate(namespace)
     except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(file_at_fault(error, words) + " ".join(str(error).split())) from error
     values = {key: value for key, value in vars(values).items() if key not in ("config", "resume")}
     return TrainConfig(**values)

@@ -103,6 +103,10 @@ def _application(sources: list[str], folder: Path, host: str, examples: str | No
 
     models = open_models(sources)
     if examples is not None:
+        if not Path(examples).is_dir():
+            raise ValueError(
+                f"there is no folder {examples!r} of pictures to try; leave --examples out for included ones"
+            )
         pictures = [Path(path) for path in find_images([examples])][:12]
     else:
         pictures = write_examples(folder / "examples", models.values())
