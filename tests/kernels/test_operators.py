@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from epsanet import kernels
@@ -300,3 +301,14 @@ def test_buffers_of_the_wrong_type_shape_or_layout_raise() -> None:
             native.Layer(16, 16, [3], [1], 1, False, order, list(range(16)))
     with pytest.raises(ValueError, match="groups"):
         native.Layer(16, 16, [3], [3], 1, False, list(range(16)), list(range(16)))
+
+
+def test_layers_that_share_their_first_weight_do_not_take_each_others_packed_weights() -> None:
+    torch.manual_seed(5)
+    x = torch.randn(2, 32, 9, 7)
+    first, *others = (torch.randn(8, 32 // groups, size, size) for size, groups in ((3, 1), (5, 2), (5, 2), (5, 4)))
+    for _ in range(2):  # the second time from the cache
+        for second, groups in zip(others, (2, 2, 4), strict=True):
+            features, _ = kernels.pyramid_convolution(x, [first, second], [1, groups], 1, False)
+            expected = torch.cat([F.conv2d(x, first, padding=1), F.conv2d(x, second, padding=2, groups=groups)], 1)
+            torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)

@@ -195,6 +195,19 @@ def test_a_layer_that_is_watched_is_still_called(watched: str) -> None:
     check_same_logits(model, optimized, x)
 
 
+@pytest.mark.parametrize("watched", ["", "layer2", "layer1.0"])
+def test_blocks_and_networks_that_are_watched_are_still_called_with_what_they_take(watched: str) -> None:
+    model, x, seen = trained_looking("epsanet14_tiny"), images("tiny", 2), list[torch.Tensor]()
+    model.get_submodule(watched).register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
+    optimized = optimize(model, x)
+    if kernels.available():
+        assert any(isinstance(module, _Attention) for module in optimized.modules()) == (watched != "")
+    seen.clear()
+    check_same_logits(model, optimized, x)
+    assert len(seen) == 4
+    torch.testing.assert_close(seen[2:], seen[:2], rtol=1e-4, atol=1e-4)
+
+
 def test_changed_branches_stay_as_they_are() -> None:
     x = torch.randn(2, 3, 9, 9)
     for branch in (

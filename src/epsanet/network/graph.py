@@ -15,12 +15,14 @@ __all__ = ["Rewriter", "Tracer", "fold_norms", "foldable", "scale_and_shift"]
 
 
 class Tracer(fx.Tracer):
-    """Records a network; PSA modules stay whole."""
+    """Records a network; PSA modules stay whole, and so do modules that a hook watches."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PSA) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, PSA) or hooked(m) or super().is_leaf_module(m, module_qualified_name)
 
     def trace_module(self, model: nn.Module) -> fx.GraphModule:
+        if hooked(model):
+            raise fx.proxy.TraceError("a hook watches the whole network")
         network = fx.GraphModule(model, self.trace(model))
         for node in network.graph.nodes:
             if node.op == "call_module" and not node.args:  # bn(input=x) is bn(x)
