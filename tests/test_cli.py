@@ -117,6 +117,7 @@ def test_the_installed_command_is_this_one() -> None:
         (["train", "--schedule.epochs=many"], ["schedule.epochs", "many"]),
         (["train", "--schedule.epochs=0"], ["schedule.epochs=0 is impossible; use 1 or more"]),
         (["train", "digit"], ["there is no recipe 'digit': shipped are bccd, cifar10, coco"]),
+        (["train", "--config", "{tmp}/nowhere.yaml"], ["there is no recipe", "nowhere.yaml': shipped are bccd"]),
         (["train", "--model=epsanet50_smal", "--output={tmp}/run"], ["no network 'epsanet50_smal'", "epsanet50_small"]),
         (["train", "--device=cuda:9", "--output={tmp}/run"], ["device 'cuda:9' is not here", "use cpu or auto"]),
         (["train", "--data=nowhere", "--output={tmp}/run"], ["there is no data set 'nowhere'"]),
@@ -155,6 +156,13 @@ def test_debug_shows_where_a_mistake_was_noticed(run: Run) -> None:
 def test_cuda_that_is_not_there_is_no_cpu(run: Run, trained: Path, pictures: Path) -> None:
     for words in (["evaluate", trained, "--data", pictures], ["predict", trained, pictures]):
         fails(run(*words, "--device", "cuda"), "device 'cuda' is not here: 0 CUDA devices; use cpu or auto")
+
+
+@pytest.mark.parametrize("words", [("train",), ("train", "--config"), ("study", "compare", "--config")], ids=" ".join)
+def test_a_recipe_without_end_is_refused_however_it_is_named(words: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "endless.yaml"
+    recipe.write_text("model: &network\n  name: *network\n")
+    fails(run(*words, recipe), "endless.yaml unfolds to more than 10,000 values")
 
 
 def test_a_misspelt_key_of_a_recipe_is_named(run: Run, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["EXIT_INTERRUPTED", "EXIT_USER", "MODEL_HELP", "describe_data", "names_first"]
+__all__ = ["EXIT_INTERRUPTED", "EXIT_USER", "MODEL_HELP", "describe_data", "looked_up", "names_first"]
 
 EXIT_USER, EXIT_INTERRUPTED = 2, 130
 MODEL_HELP = "Model or run folder, checkpoint, hf-hub:USER/NAME, or name in timm."
@@ -35,3 +37,20 @@ def names_first(words: list[str]) -> list[str]:
         if "=" not in word and word not in ("-h", "--help"):
             flags.extend(value for value in [next(waiting, None)] if value is not None)
     return names + flags
+
+
+def looked_up(words: list[str], path_of: Callable[[str], Path]) -> list[str]:
+    """The words with the path of each recipe that ``--config`` names.
+
+    Args:
+        words: of the command line.
+        path_of: of a recipe's name or file; raises an error for what is neither.
+    """
+    found, waiting = list[str](), iter(words)
+    for word in waiting:
+        flag, equals, value = word.partition("=")
+        if flag == "--config" and (value := value if equals else next(waiting, "")):
+            found.append(f"--config={path_of(value)}")
+        else:
+            found.append(word)
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from epsanet.cli.flags import EXIT_INTERRUPTED, describe_data
+from epsanet.cli.flags import EXIT_INTERRUPTED, describe_data, looked_up
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -67,7 +67,7 @@ def arrange(words: list[str]) -> list[str]:
     """``study compare STUDY`` is ``study compare --config PATH``."""
     from epsanet.study.config import PARTS, refuse_unfit, study_recipe_path
 
-    place = words.index("study") + 2
+    words, place = looked_up(words, study_recipe_path), words.index("study") + 2
     named = place < len(words) and not words[place].startswith("-")
     for part in PARTS:
         if named and words[place - 1] == part:

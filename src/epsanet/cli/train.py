@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from epsanet.cli.flags import EXIT_INTERRUPTED, describe_data
+from epsanet.cli.flags import EXIT_INTERRUPTED, describe_data, looked_up
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -25,7 +25,7 @@ def arrange(words: list[str]) -> list[str]:
     """``train RECIPE`` is ``train --config PATH``; ``--resume RUN`` reads the run's own; ``digits`` is the default."""
     from epsanet.tasks.config import recipe_path
 
-    place = words.index("train") + 1
+    words, place = looked_up(words, recipe_path), words.index("train") + 1
     named = place < len(words) and not words[place].startswith("-")
     flags = words[place + named :]
     resume = next((_flag_value(flags, place) for place, word in enumerate(flags) if word.startswith("--resume")), None)
