@@ -208,7 +208,7 @@ def _attention(rows: Sequence[_Network]) -> Table:
         columns=("row", "of attention", "of output energy"),
         rows=cells,
         notes=(
-            "Standard deviation over images, mean over scales, modules and seeds. A softmax within channels gives each",
+            "Standard deviation over images, mean over scales, modules and seeds. A softmax within channels gives each "
             "scale the mean attention 1/D for every image, so that its share cannot vary; its output's energy can.",
         ),
     )
