@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -260,9 +261,11 @@ def test_a_damaged_image_that_is_not_to_be_skipped_is_one_line_from_a_loader_pro
     """Of torch it would be the whole traceback."""
     seed = {"seed": 0} if make is train_loader else {}
     loader = make(spoilt, config(workers=workers, batch_size=4, on_bad_image="raise"), PREPROCESSING, **seed)
+    before = set(multiprocessing.active_children())
     with pytest.raises(ValueError, match=r"^/.*(a/001\.png: not an image|b/000\.png: no such).*=skip$") as raised:
         list(loader)
     assert "\n" not in str(raised.value)
+    assert set(multiprocessing.active_children()) <= before, "its processes are gone"
 
 
 class Broken(Dataset[int]):

@@ -94,6 +94,7 @@ class Forks:
         return json.loads(self.server.stdout.readline())
 
     def close(self) -> None:
+        self.server.kill()  # the end of its input may be held open by what a test has forked since
         self.server.communicate()
 
 

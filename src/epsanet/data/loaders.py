@@ -262,6 +262,7 @@ class Loader(DataLoader[Any]):
             # Torch's variables keep each other alive by the traceback, and with them the processes. At its end, Python
             # would wait for these without end: they leave SIGTERM alone.
             error.__traceback__ = None
+            self._iterator = None
             if isinstance(error, ValueError | OSError):
                 raise type(error)((told[2] or told[1]).strip()) from error
             raise error from None
