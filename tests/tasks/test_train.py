@@ -205,10 +205,12 @@ def test_the_model_card_has_the_result_and_what_made_it(trained: Any) -> None:
     assert "it had no part in training" in card
 
 
-def test_the_card_names_every_argument_of_the_optimiser() -> None:
+def test_the_card_names_every_argument_of_the_optimiser_and_the_schedule() -> None:
     optimizer = OptimizerConfig(opt="adamw", lr=1e-3, weight_decay=0.05, opt_args={"betas": [0.9, 0.95], "eps": 1e-6})
-    said = optimisation(TrainConfig(optimizer=optimizer))
-    assert said == "adamw, learning rate 0.001 (cosine), weight decay 0.05, betas [0.9, 0.95], eps 1e-06"
+    schedule = ScheduleConfig(sched_args={"cycle_limit": 2, "cycle_decay": 0.5})
+    said = optimisation(TrainConfig(optimizer=optimizer, schedule=schedule))
+    rate = "learning rate 0.001 (cosine, cycle_limit 2, cycle_decay 0.5)"
+    assert said == f"adamw, {rate}, weight decay 0.05, betas [0.9, 0.95], eps 1e-06"
 
 
 # Which weights, and that they are the same every time

@@ -40,10 +40,13 @@ def data_name(source: str) -> str:
 
 def optimisation(config: TrainConfig) -> str:
     """Optimiser, rate and schedule in one line."""
-    optimizer = config.optimizer
-    more = "".join(f", {name} {value}" for name, value in (optimizer.opt_args or {}).items())
+    optimizer, schedule = config.optimizer, config.schedule
+    more, shape = (
+        "".join(f", {name} {value}" for name, value in (arguments or {}).items())
+        for arguments in (optimizer.opt_args, schedule.sched_args)
+    )
     return (
-        f"{optimizer.opt}, learning rate {optimizer.lr:g} ({config.schedule.sched}), "
+        f"{optimizer.opt}, learning rate {optimizer.lr:g} ({schedule.sched}{shape}), "
         f"weight decay {optimizer.weight_decay:g}{more}"
     )
 
