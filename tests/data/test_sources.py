@@ -116,6 +116,34 @@ def test_a_validation_folder_may_have_its_other_usual_names(name: str, tmp_path:
     assert len(open_split(DataConfig(source=str(tmp_path)), "val", ["a"])[0]) == 2
 
 
+def test_split_folders_may_be_written_with_capitals_as_on_kaggle(tmp_path: Path) -> None:
+    class_folders(tmp_path / "Training", {"glioma": 6, "none": 6})
+    class_folders(tmp_path / "Testing", {"glioma": 2, "none": 1}, start=20)
+    splits = open_data(DataConfig(source=str(tmp_path)))
+    assert splits.class_names == ["glioma", "none"]
+    assert (len(splits.train) + len(splits.val), len(splits.test or ())) == (12, 3)
+    class_folders(tmp_path / "testing", {"glioma": 1})
+    with pytest.raises(ValueError, match="two folders of the testing split, testing too; leave one"):
+        open_data(DataConfig(source=str(tmp_path)))
+
+
+def test_a_class_may_be_called_like_a_split_with_a_capital(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"Bus": 10, "Train": 10})
+    assert open_data(DataConfig(source=str(tmp_path))).class_names == ["Bus", "Train"]
+
+
+def test_hidden_folders_are_no_classes_and_hide_no_parquet_files(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", {"a": 10, "b": 10})
+    for hidden in (".git", ".ipynb_checkpoints"):
+        class_folders(tmp_path / "images" / hidden, {"x": 1})
+    splits = open_data(DataConfig(source=str(tmp_path / "images")))
+    assert splits.class_names == ["a", "b"]
+    assert len(splits.train) + len(splits.val) == 20
+    parquet(tmp_path / "files" / "x.parquet", [0, 1] * 10, names=["a", "b"])
+    (tmp_path / "files" / ".cache" / "huggingface").mkdir(parents=True)
+    assert open_data(DataConfig(source=str(tmp_path / "files"), root=str(tmp_path))).class_names == ["a", "b"]
+
+
 def test_one_folder_of_classes_is_split_by_the_fraction_of_each_class(tmp_path: Path) -> None:
     class_folders(tmp_path, {"a": 20, "b": 40})
     splits = open_data(DataConfig(source=str(tmp_path), val_fraction=0.25))

@@ -207,6 +207,47 @@ def test_an_image_that_cannot_be_read_is_named_once_and_changes_nothing_else(
         list(evaluation_loader(samples, source, EXACT))
 
 
+def test_an_interrupted_stream_with_images_that_cannot_be_read_goes_on_exactly(spoilt: Path) -> None:
+    """Wherever it was interrupted: what stands in for an image may lie on both sides."""
+    source = streamed(spoilt, workers=0, batch_size=2)
+    samples = stream(source)
+    loader = train_loader(samples, source, PREPROCESSING, seed=7)
+    across = 0
+    for epoch in range(6):
+        whole = epoch_of(loader, epoch)
+        places = [batch[2] for batch in whole]
+        for given in range(1, len(whole)):
+            later = train_loader(samples, source, PREPROCESSING, seed=7)
+            later.load_state_dict({"epoch": epoch, "batches": given})
+            rest = [(images, labels.tolist(), places.tolist()) for images, labels, places in later]
+            assert same(rest, whole[given:]), (epoch, given)
+            across += places[given - 1][-1] == places[given][0]
+    assert across, "no image was taken twice, before and after an interruption"
+
+
+@pytest.mark.parametrize(("images", "batch_size", "processes"), [(10, 64, 2), (10, 4, 4), (3, 1, 3), (10, 5, 3)])
+def test_each_process_has_something_to_evaluate(
+    images: int, batch_size: int, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, root = tmp_path / "data", str(tmp_path / "cache")
+    parquet(folder / "test-00000-of-00001.parquet", [n % 3 for n in range(images)], names=["a", "b", "c"])
+    for streaming in (True, False):
+        source = config(source=str(folder), root=root, streaming=streaming, workers=0, batch_size=batch_size)
+        samples, _, _ = open_split(source, None, None)
+        seen = []
+        for rank in range(processes):
+            in_process(monkeypatch, rank, processes)
+            loader = evaluation_loader(samples, source, EXACT)
+            found = batches(loader)
+            assert len(loader) == len(found) > 0
+            seen += [place for batch in found for _, _, place in batch]
+        assert sorted(seen) == list(range(images))
+        in_process(monkeypatch, 0, images + 1)
+        with pytest.raises(ValueError, match=f"{images} images to look at for {images + 1} processes; start fewer"):
+            evaluation_loader(samples, source, EXACT)
+        monkeypatch.undo()
+
+
 def test_a_stream_without_a_readable_image_ends_the_run(tmp_path: Path) -> None:
     table = pyarrow.table({"image": [b"x"] * 3, "label": [0, 0, 0]})
     arrow.write_table(table, tmp_path / "x.parquet")

@@ -162,6 +162,15 @@ def test_the_command_tells_the_preferences_of_a_data_set(folder: Path, pictures:
         assert drawn.size[0] > 1000
 
 
+def test_preferences_are_those_of_the_size_that_is_asked_for(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    flags = ["explain", str(folder), "--data", str(pictures), "--data.workers", "0"]
+    found = {}
+    for size in ("16", "24"):
+        assert cli.main([*flags, "-o", str(tmp_path / size), "--data.input_size", size]) == 0
+        found[size] = (tmp_path / size / "scales.csv").read_text(encoding="utf-8")
+    assert found["16"] != found["24"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -92,6 +92,7 @@ def test_of_the_sound_ones_the_newest_is_taken_and_the_damaged_are_named(
 
 
 def test_where_none_is_sound_all_are_named(tmp_path: Path) -> None:
+    (tmp_path / ".last.ckpt.x1y2.ckpt").write_bytes(b"half")  # of a process that was killed as it saved its first
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         newest_sound(tmp_path)
     for name in ("last.ckpt", "previous.ckpt", "best.ckpt"):

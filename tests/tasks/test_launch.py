@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from epsanet.tasks import run
+from epsanet.tasks.config import load_recipe
 from epsanet.tasks.launch import Processes, launch
 
 
@@ -41,3 +45,17 @@ def test_one_process_is_left_as_it_is() -> None:
     found = launch(torch.device("cpu"))
     assert found == Processes(device=torch.device("cpu"))
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_the_first_process_of_a_machine_opens_the_data_before_the_others(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have to download; torchrun and SLURM each have a name of their own for its number."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for number in ("0", "1"):
+        opened: list[Any] = []
+        monkeypatch.setattr(run, "agree", lambda make, opened=opened: opened.append(make()) or opened[-1])
+        monkeypatch.setenv(variable, number)
+        assert len(run._open_data(load_recipe()).train) == 1293
+        assert [found is not None for found in opened] == [number == "0", True]

@@ -468,8 +468,8 @@ _WANTED = "digits-detection, or a folder with annotations/instances_train.json a
 
 
 def _json_of(folder: Path, name: str) -> Path | None:
-    inside = [file for file in sorted(folder.glob(f"{name}*/*.json")) if name in _words(file.parent)]
-    files = [*sorted((folder / "annotations").glob("*.json")), *sorted(folder.glob("*.json"))]
+    inside = [file for file in sorted(folder.glob(f"{name}*/[!.]*.json")) if name in _words(file.parent)]
+    files = [*sorted((folder / "annotations").glob("[!.]*.json")), *sorted(folder.glob("[!.]*.json"))]
     # COCO's own image_info_test2017.json and _test-dev2017.json list images and have no annotations.
     named = [file for file in files if name in _words(file) and not file.stem.startswith("image_info")]
     instances = [file for file in named if file.stem.startswith("instances")]

@@ -37,6 +37,7 @@ __all__ = [
     "Loader",
     "StreamDataset",
     "TrainLoader",
+    "asked_for",
     "evaluation_loader",
     "evaluation_transform",
     "seeded",
@@ -76,6 +77,19 @@ def train_transform(config: DataConfig, data_config: dict[str, Any]) -> Any:
             ]
         )
     return transform
+
+
+def asked_for(data_config: dict[str, Any], config: DataConfig) -> dict[str, Any]:
+    """A network's preprocessing with what the configuration wants otherwise in its place.
+
+    Args:
+        data_config: as timm resolves it.
+        config: ``input_size``, ``crop_pct``, ``interpolation``, ``mean`` and ``std`` are looked at.
+    """
+    wanted = {key: getattr(config, key) for key in ("crop_pct", "interpolation", "mean", "std")}
+    if config.input_size is not None:
+        wanted["input_size"] = (data_config["input_size"][0], config.input_size, config.input_size)
+    return {**data_config, **{key: value for key, value in wanted.items() if value is not None}}
 
 
 def evaluation_transform(data_config: dict[str, Any]) -> Any:
@@ -217,6 +231,11 @@ class EpochOrder(Sampler[list[tuple[int, ...]]]):
                 yield [(self.epoch, order[place // self.repeats], place % self.repeats) for place in places]
 
 
+def _fitting(length: int, batch_size: int) -> int:
+    """The batch size of an evaluation: smaller ones where some process would be left without any batch."""
+    return max(1, length // world_size()) if length <= batch_size * (world_size() - 1) else batch_size
+
+
 class EvaluationOrder(Sampler[list[int]]):
     """Every so many batches of those that one process would see, so that several give its numbers to the last bit.
 
@@ -226,9 +245,7 @@ class EvaluationOrder(Sampler[list[int]]):
     """
 
     def __init__(self, length: int, batch_size: int) -> None:
-        if length <= batch_size * (world_size() - 1):  # smaller batches, so that no process is left without any
-            batch_size = max(1, length // world_size())
-        self.length, self.batch_size = length, batch_size
+        self.length, self.batch_size = length, _fitting(length, batch_size)
 
     def _starts(self) -> range:
         return range(rank() * self.batch_size, self.length, world_size() * self.batch_size)
@@ -382,6 +399,8 @@ class StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
         self.samples, self.transform, self.seed, self.on_bad_image = samples, transform, seed, on_bad_image
         self.process, self.processes = rank(), world_size()
         self.batch_size = min(batch_size, len(samples)) if self.processes == 1 else batch_size
+        if seed is None:
+            self.batch_size = _fitting(len(samples), batch_size)
         self._named: set[int] = set()
         # Shared, because workers that live on from epoch to epoch have a copy of this data set.
         self._place = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -456,7 +475,7 @@ class StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
         self, image: Any, label: int, position: int, epoch: int, times: int
     ) -> Iterator[tuple[Tensor, int, int]]:
         assert self.seed is not None
-        for copy in range(times):
+        for copy in reversed(range(times)):  # the last is 0, as if it came alone: a run that goes on has only that
             with seeded(self.seed, epoch, position, copy):
                 augmented = self.transform(image)
             yield augmented, label, position
@@ -500,7 +519,14 @@ def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config
         samples: a split.
         config: batch size, workers, and what to do with images that cannot be read.
         data_config: preprocessing as timm resolves it.
+
+    Raises:
+        ValueError: when there are more processes than images.
     """
+    if len(samples) < world_size() > 1:
+        raise ValueError(
+            f"{config.source} has {len(samples)} images to look at for {world_size()} processes; start fewer"
+        )
     transform = evaluation_transform(data_config)
     workers = worker_count(config)
     common: dict[str, Any] = {
@@ -510,6 +536,6 @@ def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config
     }
     if isinstance(samples, Stream):
         stream = StreamDataset(samples, transform, config.batch_size, on_bad_image=config.on_bad_image)
-        return Loader(stream, batch_size=config.batch_size, **common)
+        return Loader(stream, batch_size=stream.batch_size, **common)
     order = EvaluationOrder(len(samples), config.batch_size)
     return EvaluationLoader(ImageDataset(samples, transform, on_bad_image=config.on_bad_image), order, **common)

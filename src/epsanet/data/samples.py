@@ -29,6 +29,7 @@ __all__ = [
     "Subset",
     "TorchvisionSamples",
     "match_classes",
+    "subfolders",
 ]
 
 
@@ -91,15 +92,21 @@ class DigitsSamples(Samples):
         return f"digits[{position}]"
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder by name, without hidden ones (``.git``, ``.cache``, ``.ipynb_checkpoints``)."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
 class FolderSamples(Samples):
-    """A folder a class, in the order of torchvision's ImageFolder; but a link to a folder above it is not entered.
+    """A folder a class, in the order of torchvision's ImageFolder; but a link to a folder above it is not entered, and
+    a hidden folder is no class.
 
     Raises:
         ValueError: when there are no class folders, no images in them, or a class has a name that cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        self.class_names = [entry.name for entry in subfolders(folder)]
         if not self.class_names:
             raise ValueError(f"{folder} has no class folders; put the images of each class in a folder")
         strange = next((name for name in self.class_names if printable(name) != name), None)

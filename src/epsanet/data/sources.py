@@ -24,12 +24,13 @@ from epsanet.data.samples import (
     Subset,
     TorchvisionSamples,
     match_classes,
+    subfolders,
 )
 from epsanet.data.streams import Stream
 
 __all__ = ["DataSplits", "open_data", "open_split", "open_splits", "require"]
 
-TRAIN_NAMES, VAL_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test",)
+TRAIN_NAMES, VAL_NAMES, TEST_NAMES = ("train", "training"), ("val", "validation", "valid"), ("test", "testing")
 SPLIT_SEED = 42
 """Of every split that is made here, so that a data set splits the same way in every run."""
 
@@ -193,8 +194,8 @@ def _split_off(samples: Samples, fraction: float, name: str, flag: str = "val_fr
     single = [samples.class_names[label] for label in np.flatnonzero(counts == 1)]
     if single:
         raise ValueError(
-            f"{name} has one image only of {', '.join(single[:5])}; a validation split needs two of each class, or "
-            "make a val/ folder of your own"
+            f"{name} has one image only of {', '.join(single[:5])}; --data.{flag} needs two of each class"
+            + (", or make a val/ folder of your own" if flag == "val_fraction" else "")
         )
     try:
         kept, taken = train_test_split(
@@ -226,7 +227,7 @@ def _open_splits(config: DataConfig) -> tuple[dict[str, Samples | Stream], list[
     if path.is_file() and path.suffix == ".parquet":
         return _open_hugging_face(source, {"path": "parquet", "data_files": {"train": str(path)}}, config, names), []
     if path.is_dir():
-        if not any(entry.is_dir() for entry in path.iterdir()) and any(path.glob("*.parquet")):
+        if not subfolders(path) and any(path.glob("*.parquet")):
             return _open_hugging_face(source, {"path": str(path)}, config, names), []
         return _open_folder(path)
     if path.exists():
@@ -258,11 +259,14 @@ def _open_digits(config: DataConfig) -> dict[str, Samples | Stream]:
 
 
 def _open_folder(folder: Path) -> tuple[dict[str, Samples | Stream], list[str]]:
-    splits = {
-        entry.name: entry
-        for entry in sorted(folder.iterdir())
-        if entry.is_dir() and entry.name in (*TRAIN_NAMES, *VAL_NAMES, *TEST_NAMES)
-    }
+    splits: dict[str, Path] = {}
+    for entry in subfolders(folder):
+        name = entry.name.lower()
+        # Train may be a class, of vehicles; a split has folders of classes in it.
+        if name in (*TRAIN_NAMES, *VAL_NAMES, *TEST_NAMES) and (entry.name == name or subfolders(entry)):
+            if name in splits:
+                raise ValueError(f"{folder} has two folders of the {name} split, {entry.name} too; leave one")
+            splits[name] = entry
     if not splits:
         return {"all": FolderSamples(folder)}, []
     return {name: FolderSamples(path) for name, path in splits.items()}, []
@@ -339,7 +343,7 @@ def _open_shards(
     wanted = {split: _expand(split) for split in patterns if ".tar" in split}
     wanted |= {split: (entry["filenames"], entry["num_samples"]) for split, entry in info.get("splits", {}).items()}
     if not wanted:  # train-0000.tar, train-0001.tar, …
-        for path in sorted(folder.glob("*.tar")):
+        for path in sorted(folder.glob("[!.]*.tar")):
             split = path.stem.rstrip("0123456789").rstrip("-_.").rpartition("-")[2]
             wanted.setdefault(split, ([], None))[0].append(path.name)
     if not wanted:

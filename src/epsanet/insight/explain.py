@@ -15,7 +15,7 @@ from torch import Tensor
 from epsanet._optional import require
 from epsanet.data.config import DataConfig
 from epsanet.data.images import ImageError, read_image
-from epsanet.data.loaders import evaluation_loader, evaluation_transform
+from epsanet.data.loaders import asked_for, evaluation_loader, evaluation_transform
 from epsanet.data.sources import open_split
 from epsanet.insight.figures import save_explanation, save_preferences, write_preferences
 from epsanet.insight.saliency import cam_layer, check_layer, grad_cam
@@ -146,7 +146,8 @@ def explain_data(
 
     Args:
         model: whatever ``load_model`` takes but bundles, or a loaded model.
-        data: the data set; its classes need not be the model's.
+        data: the data set; its classes need not be the model's. Preprocessing is the model's own unless
+            ``input_size``, ``crop_pct``, ``interpolation``, ``mean`` or ``std`` say otherwise.
         folder: to write to.
         split: test where there is one, else val, when left out.
         progress: shows how far this is.
@@ -156,7 +157,7 @@ def explain_data(
     """
     loaded = _opened(model)
     samples, _, _ = open_split(data, split, None)
-    loader = evaluation_loader(samples, data, loaded.data_config)
+    loader = evaluation_loader(samples, data, asked_for(loaded.data_config, data))
     batches = ((images, labels) for images, labels, _ in progress(loader, len(loader), "looking at images"))
     preferences = scale_preferences(loaded.model, batches, samples.class_names)
     folder = Path(folder)

@@ -104,7 +104,9 @@ def save_explanation(
     for axes in (image_axes, cam_axes):
         axes.set_axis_off()
     colors = ["tab:orange", *["tab:blue"] * (len(names) - 1)]
-    bars = bar_axes.barh([_short(name) for name in names], probabilities, color=colors)
+    places = range(len(names))  # names that are shortened may be the same
+    bars = bar_axes.barh(places, probabilities, color=colors)
+    bar_axes.set_yticks(places, [_short(name) for name in names])
     bar_axes.bar_label(bars, [f"{value:.1%}" for value in probabilities], padding=3, fontsize=8)
     bar_axes.invert_yaxis()
     bar_axes.set(xlim=(0, 1.15), xticks=[0, 0.5, 1], xlabel="probability")

@@ -125,7 +125,7 @@ def newest_sound(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
     if found:
         step, path, checkpoint = max(found, key=lambda entry: entry[0])
         return path, checkpoint, [f"{'; '.join(faults.values())}; going on from {path.name}, of step {step:,}"]
-    if not any(folder.glob("*.ckpt")):
+    if not any(folder.glob("[!.]*.ckpt")):  # half-written ones begin with a dot
         raise FileNotFoundError(f"{folder / LAST} is not there, so there is nothing to resume")
     raise DamagedCheckpointError(f"{'; '.join(faults.values())}; there is no sound one beside it, so nothing to resume")
 

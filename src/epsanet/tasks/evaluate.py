@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from epsanet._processes import agree, in_company
 from epsanet.data.check import check_images
 from epsanet.data.config import DataConfig
-from epsanet.data.loaders import evaluation_loader
+from epsanet.data.loaders import asked_for, evaluation_loader
 from epsanet.data.sources import open_split
 from epsanet.data.streams import Stream
 from epsanet.network.weights import LoadedModel, load_model
@@ -156,12 +156,7 @@ def evaluate(
         )
         for bad, reason in report.bad.items():
             note(f"skipped {bad}: {reason}")
-    data_config = dict(loaded.data_config)
-    if data.input_size is not None:
-        data_config["input_size"] = (data_config["input_size"][0], data.input_size, data.input_size)
-    for key in ("crop_pct", "interpolation", "mean", "std"):
-        if getattr(data, key) is not None:
-            data_config[key] = getattr(data, key)
+    data_config = asked_for(loaded.data_config, data)
     loader = evaluation_loader(samples, data, data_config)
     network = agree(
         lambda: inference_network(loaded.model, data_config["input_size"], processes.device, precision, note)

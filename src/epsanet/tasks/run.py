@@ -23,6 +23,7 @@ from epsanet.data.check import CheckReport, check_images
 from epsanet.data.loaders import TrainLoader, evaluation_loader, evaluation_transform, train_loader, train_transform
 from epsanet.data.sources import DataSplits, open_data
 from epsanet.data.streams import Stream
+from epsanet.network.bundle import RuntimeNetwork
 from epsanet.network.inherit import Start, start_from
 from epsanet.network.weights import LoadedModel, create_model, load_model, save_model
 from epsanet.tasks.card import model_card
@@ -164,6 +165,8 @@ def prepare(config: TrainConfig, processes: Processes, folder: Path | None, *, r
         ValueError: for what cannot run, in all processes where it is so in one.
     """
     folder = folder or first(lambda: run_folder(config))
+    if config.data.scale_jitter is not None:
+        raise ValueError("data.scale_jitter is for detectors; --data.scale is the share of a classifier's crops")
     splits = _open_data(config)
     config, model, data_config, start = agree(lambda: _build(config, processes, splits, resumed=resumed))
     reports = agree(lambda: _check(splits, config))
@@ -183,7 +186,7 @@ def prepare(config: TrainConfig, processes: Processes, folder: Path | None, *, r
 
 def _open_data(config: TrainConfig) -> DataSplits:
     """The first process of each node goes first: it may have to download or to unpack."""
-    early = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    early = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
     splits = agree(lambda: open_data(config.data) if early else None)
     return agree(lambda: splits or open_data(config.data))
 
@@ -195,6 +198,10 @@ def _build(
     if not isinstance(splits.train, Stream) and len(splits.train) < 2:
         raise ValueError(f"{config.data.source} has {len(splits.train)} image to train on; two are the least")
     source = load_model(config.init_from) if config.init_from is not None and not resumed else None
+    if source is not None and isinstance(source.model, RuntimeNetwork):
+        raise ValueError(
+            f"{config.init_from} is an exported bundle, without weights to start from; give its model folder"
+        )
     config = _filled_in(config, source)
     lightning.seed_everything(config.seed, verbose=False)
     model = create_model(config.model, **{"num_classes": len(splits.class_names), **config.model_args})

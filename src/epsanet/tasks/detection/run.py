@@ -158,6 +158,18 @@ def prepare_detection(config: TrainConfig, processes: Processes, folder: Path | 
     )
 
 
+_OF_CLASSIFIERS = (
+    "crop_pct",
+    "interpolation",
+    "ratio",
+    "crop_padding",
+    "auto_augment",
+    "re_prob",
+    "train_fraction",
+    "streaming",
+)
+
+
 def _refused(config: TrainConfig) -> TrainConfig:
     """The configuration, when there is nothing in it that only classifiers have."""
     if config.freeze_epochs:
@@ -168,6 +180,13 @@ def _refused(config: TrainConfig) -> TrainConfig:
         raise ValueError("aug_repeats is for classifiers; leave it out")
     if config.sync_batchnorm:
         raise ValueError("sync_batchnorm is for classifiers; a detector's norms keep to their own process")
+    if config.data.input_size is not None:
+        raise ValueError("data.input_size is for classifiers; a detector has --detector.min_size and max_size")
+    for part, names in ((config.data, _OF_CLASSIFIERS), (config, ("loss", "label_smoothing", "bce_target_thresh"))):
+        for name in names:
+            if getattr(part, name) != getattr(type(part), name):
+                place = "data." if part is config.data else ""
+                raise ValueError(f"{place}{name} is for classifiers; leave it out")
     return config
 
 
