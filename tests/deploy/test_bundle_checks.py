@@ -263,6 +263,31 @@ def code_for_a_size(folder: Path, canary: Path) -> None:
     change_pt2(folder, change)
 
 
+def change_size(folder: Path, expression: str) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        name = only(members, "models/model.json")
+        text, count = re.subn(rb'"expr_str": ?"[^"]*"', f'"expr_str": "{expression}"'.encode(), members[name], count=1)
+        assert count == 1
+        members[name] = text
+
+    change_pt2(folder, change)
+
+
+@kind("pt2", "or without end")
+def number_that_takes_a_pattern_without_end(folder: Path, _: Path) -> None:
+    change_size(folder, "1" * 60 + "!")
+
+
+@kind("pt2", "or without end")
+def power_of_powers(folder: Path, _: Path) -> None:
+    change_size(folder, "9**9**9**9")
+
+
+@kind("pt2", "or without end")
+def power_in_words(folder: Path, _: Path) -> None:
+    change_size(folder, "Pow(Integer(9), Integer(999999999))")
+
+
 @kind("pt2", "only torch's own operators")
 def call_of_another_function(folder: Path, _: Path) -> None:
     def change(members: dict[str, bytes]) -> None:

@@ -164,6 +164,7 @@ def test_what_came_from_a_resnet_is_counted() -> None:
             r"layer1\.0\.conv2\.se\.fc1\.weight has shape \(2, 4, 1, 1\)",
         ),
         (("resnet18", {}), r"resnet18 does not fit: .* take one of the same depth, stem and widths"),
+        (("mobilenetv3_small_100", {}), r"mobilenetv3_small_100 does not fit: it has no conv1\.weight"),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused_and_nothing_is_changed(source: Any, message: str) -> None:
@@ -175,3 +176,10 @@ def test_a_network_that_does_not_fit_is_refused_and_nothing_is_changed(source: A
     assert "\n" not in str(raised.value)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spc", ["multiplex", "split"])
+def test_filters_of_a_grouped_convolution_are_refused(spc: Any) -> None:
+    source = EPSANet(Bottleneck, (1, 1, 1, 1), channels=(16, 16, 32, 32), cardinality=4, base_width=16, num_classes=3)
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv2 cannot inherit filters of shape .* grouped, or of another"):
+        inherit(source.state_dict(), small(EPSABlock, spc=spc))

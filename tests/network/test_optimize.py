@@ -148,6 +148,23 @@ def test_a_sum_that_broadcasts_is_left_as_it_is() -> None:
     check_same_logits(model, optimize(model, x), x)
 
 
+def test_a_sum_that_broadcasts_only_at_other_sizes_is_left_as_it_is() -> None:
+    class Context(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.conv = nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.down(x)
+            return (y + self.conv(y.mean((2, 3), keepdim=True))).flatten(1)
+
+    model = Context().eval()
+    optimized = optimize(model, torch.randn(2, 3, 4, 4))  # maps of 1×1 there
+    for size in (4, 9):
+        x = torch.randn(2, 3, size, size)
+        torch.testing.assert_close(optimized(x), model(x))
+
+
 class Around(nn.Module):
     """A PSA module with what stands before and after it in a block; how they are called differs."""
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from epsanet import kernels
 from epsanet.network.psa import PSA, SPC, SEWeight, fit_groups, psa_like, scale_attention, squeeze_excite_weight
@@ -360,6 +361,59 @@ def test_a_watched_branch_is_called_and_refused_by_the_kernels(watch: Callable[.
             spc(x)
         handle.remove()
         spc(x)
+
+
+class Doubled(nn.Conv2d):
+    """A wrapper, as adapters and quantisation-aware training put them in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def wrap(se: SEWeight) -> None:
+    doubled = Doubled(se.fc2.in_channels, se.fc2.out_channels, 1)
+    doubled.load_state_dict(se.fc2.state_dict())
+    se.fc2 = doubled
+
+
+CHANGED_MAPS: dict[str, Callable[[SEWeight], Any]] = {
+    "pruned": lambda se: prune.random_unstructured(se.fc1, "weight", 0.5),
+    "normalised": lambda se: parametrizations.weight_norm(se.fc1),
+    "wrapped": wrap,
+    "watched": lambda se: se.fc2.register_forward_hook(lambda _, __, y: y * 3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_MAPS.values(), ids=CHANGED_MAPS)
+@pytest.mark.parametrize("se", ["shared", "branches"])
+def test_changed_maps_of_the_se_weight_are_called_and_train(change: Callable[[SEWeight], Any], se: Any) -> None:
+    psa, x = randomised(PSA(64, reduction=2, se=se)), torch.randn(2, 64, 5, 5, dtype=torch.float64)
+    weights = [psa.se] if se == "shared" else list(psa.se)
+    for weight in weights:
+        change(weight)
+    psa.double()
+    features = psa.spc(x)
+    averages = features.mean((-2, -1))
+    z = [
+        torch.sigmoid(own.fc2(torch.relu(own.fc1(averages[:, place, :, None, None])))).flatten(1)
+        for place, own in enumerate(weights * (4 // len(weights)))
+    ]
+    expected = (features * torch.stack(z, dim=1).softmax(1)[..., None, None]).flatten(1, 2)
+    torch.testing.assert_close(psa(x), expected)
+    optimizer = torch.optim.SGD(psa.parameters(), 0.1)
+    for _ in range(2):  # a pruned weight is made anew for each step
+        optimizer.zero_grad()
+        psa(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_pruned_se_weight_takes_loaded_weights() -> None:
+    one, other = (PSA(64, reduction=2) for _ in range(2))
+    for psa in (one, other):
+        prune.l1_unstructured(psa.se.fc1, "weight", 0.5)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(2, 64, 5, 5)
+    torch.testing.assert_close(other(x), one(x))
 
 
 # --- what cannot be built -------------------------------------------------------------------------------------------

@@ -244,3 +244,29 @@ def test_a_replaced_network_trains_and_its_new_modules_take_part(name: str) -> N
     assert losses[-1] < losses[0]
     after = model.get_submodule(replaced[0]).state_dict()
     assert all(not torch.equal(after[key], before[key]) for key in before if key.startswith("spc"))
+
+
+def test_a_convolution_with_two_names_is_replaced_under_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+            self.body = nn.Sequential(self.conv, nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.body(x)
+            return y
+
+    model, x = Twice(), torch.randn(1, 16, 5, 5)
+    before = model(x)
+    assert [(row.name, row.replaced) for row in psa_replace(model).rows] == [("conv", True)]
+    assert model.body[0] is model.conv
+    assert not torch.allclose(model(x), before)
+
+
+def test_a_network_that_is_a_convolution_itself_is_not_called_replaced() -> None:
+    conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    (row,) = psa_replace(conv).rows
+    assert not row.replaced
+    assert row.parameters_after == row.parameters_before == 16 * 16 * 9
+    assert row.note

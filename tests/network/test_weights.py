@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,8 @@ def test_convert_writes_a_model_folder_that_gives_the_released_networks_logits(
         ("epsanet50_small", {"output_stride": 8}),
         ("epsanet50_small", {"global_pool": "max"}),
         ("epsanet50_small", {"stem_type": "deep", "stem_width": 32}),
+        ("epsanet50_small", {"act_layer": "silu"}),
+        ("epsanet50_small", {"norm_layer": partial(nn.BatchNorm2d, eps=1e-3)}),
     ],
 )
 def test_a_network_that_the_released_code_cannot_hold_is_not_written_as_its_checkpoint(

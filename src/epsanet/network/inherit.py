@@ -89,7 +89,7 @@ def inherit(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         All tensors of ``state_dict``, those of convolutions exchanged for those of PSA modules.
 
     Raises:
-        ValueError: for modules that add their branches up.
+        ValueError: for modules that add their branches up, and for convolutions that are grouped or of another width.
     """
     result = dict(state_dict)
     modules = dict(model.named_modules())
@@ -101,9 +101,15 @@ def inherit(state_dict: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
             raise ValueError(f"{name} adds its branches up (fusion='sum') and cannot inherit from one convolution")
         convs: list[Any] = list(psa.spc.branches)
         kernel_sizes = [conv.kernel_size[0] for conv in convs]
-        filters = branch_filters(
-            result.pop(f"{name}.weight"), kernel_sizes, [conv.groups for conv in convs], psa.spc.mode
-        )
+        weight = result.pop(f"{name}.weight")
+        seen = convs[0].in_channels * (len(convs) if psa.spc.mode == "split" else 1)
+        wanted = (sum(conv.out_channels for conv in convs), seen)
+        if weight.ndim != 4 or weight.shape[:2] != wanted:
+            raise ValueError(
+                f"{name} cannot inherit filters of shape {tuple(weight.shape)}: they are grouped, or of another width "
+                f"than {wanted[1]} → {wanted[0]}"
+            )
+        filters = branch_filters(weight, kernel_sizes, [conv.groups for conv in convs], psa.spc.mode)
         result |= {f"{name}.spc.branches.{place}.weight": weight for place, weight in enumerate(filters)}
         se = {key: value for key, value in own.items() if key.startswith(f"{name}.se.")}
         result |= {key: torch.zeros_like(value) if ".fc2." in key else value for key, value in se.items()}
@@ -134,10 +140,14 @@ def start_from(model: Any, class_names: Sequence[str], source: LoadedModel) -> S
     """
     given, wanted = source.model.state_dict(), model.state_dict()
     modules = [name for name, module in model.named_modules() if isinstance(module, PSA) and f"{name}.weight" in given]
-    found = inherit(given, model)
+    try:
+        found = inherit(given, model)
+    except ValueError as error:
+        raise _misfit(source, str(error)) from error
     rows = {name: row for row, name in enumerate(source.class_names)}
     known = all(name in rows for name in class_names)
     head = [name for name in wanted if name.startswith(tuple(f"{layer}." for layer in classifier_names(model)))]
+    known = known and all(name in found for name in head)
     for name in head:
         found[name] = found[name][[rows[label] for label in class_names]] if known else wanted[name]
     _check_same(found, wanted, source)
@@ -152,14 +162,18 @@ def classifier_names(model: Any) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: LoadedModel) -> None:
+def _misfit(source: LoadedModel, reason: str) -> ValueError:
     other = source.model.pretrained_cfg.get("architecture", "the other network")
     hint = "take one of the same depth, stem and widths (for EPSANet-50 Small resnet50, for Large wide_resnet50_2)"
+    return ValueError(f"{other} does not fit: {reason}; {hint}")
+
+
+def _check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: LoadedModel) -> None:
     for name in (*wanted, *found):
         if name not in found:
-            raise ValueError(f"{other} does not fit: it has no {name}; {hint}")
+            raise _misfit(source, f"it has no {name}")
         if name not in wanted:
-            raise ValueError(f"{other} does not fit: its {name} has no place in the new network; {hint}")
+            raise _misfit(source, f"its {name} has no place in the new network")
         if found[name].shape != wanted[name].shape:
             shapes = f"shape {tuple(found[name].shape)} there and {tuple(wanted[name].shape)} here"
-            raise ValueError(f"{other} does not fit: {name} has {shapes}; {hint}")
+            raise _misfit(source, f"{name} has {shapes}")

@@ -152,8 +152,16 @@ class SEWeight(nn.Module):
         self.fc1 = nn.Conv2d(channels, hidden, 1, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(hidden, channels, 1, device=device, dtype=dtype)
 
+    @property
+    def plain(self) -> bool:
+        """Whether the two maps are what they were made as; wrapped, pruned or watched by a hook, they are called."""
+        return all(type(layer) is nn.Conv2d and not hooked(layer) for layer in (self.fc1, self.fc2))
+
     def excite(self, pooled: Tensor) -> Tensor:
         """The weight of already averaged features, shape ``..., D`` to ``..., D``."""
+        if not self.plain:
+            maps = pooled.reshape(-1, pooled.shape[-1], 1, 1)
+            return torch.sigmoid(self.fc2(F.relu(self.fc1(maps)))).reshape(pooled.shape)
         return squeeze_excite_weight(
             pooled, self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias
         )
@@ -317,8 +325,8 @@ class PSA(nn.Module):
 
     @property
     def standard(self) -> bool:
-        """One shared SEWeight, a softmax, concatenation: what the fast paths of inference are written for."""
-        parts = type(self.spc) is SPC and type(self.se) is SEWeight
+        """One shared, plain SEWeight, a softmax, concatenation: what the fast paths of inference are written for."""
+        parts = type(self.spc) is SPC and type(self.se) is SEWeight and self.se.plain
         return parts and self.softmax != "none" and self.fusion == "concat"
 
     def attention(self, feats_NSDHW: Tensor, averages_NSD: Tensor | None = None) -> Tensor:

@@ -101,8 +101,11 @@ def psa_replace(
     narrowest = max(1, len(kernel_sizes))
     psa_like(nn.Conv2d(narrowest, narrowest, 1, device="meta"), kernel_sizes, groups, spc, softmax, reduction)
     rows = []
-    convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    for name, conv in convolutions:
+    places: dict[nn.Conv2d, list[str]] = {}  # a layer may have several names, and be called by any of them
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Conv2d):
+            places.setdefault(module, []).append(name)
+    for conv, (name, *others) in places.items():
         if max(conv.kernel_size) == 1:
             continue
         before = sum(parameter.numel() for parameter in conv.parameters())
@@ -114,11 +117,12 @@ def psa_replace(
                 new = psa_like(conv, kernel_sizes, groups, spc, softmax, reduction)
                 _initialise(new)
                 new.train(conv.training)
-                model.set_submodule(name, new)
+                for place in (name, *others):
+                    model.set_submodule(place, new)
                 counts = "-".join(str(branch.groups) for branch in new.spc.branches)
                 note = f"{conv.in_channels} → {conv.out_channels}, stride {conv.stride[0]}, groups {counts}"
             except ValueError as error:
-                note = str(error)
+                new, note = None, str(error)
         after = sum(parameter.numel() for parameter in (new or conv).parameters())
         rows.append(
             ReplacementRow(

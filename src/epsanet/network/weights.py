@@ -24,8 +24,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 from timm.data import ImageNetInfo, resolve_model_data_config
+from timm.layers import DropPath
 from timm.models._hub import save_config_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from epsanet._files import atomic_file, atomic_folder
 from epsanet.network.bundle import RuntimeNetwork, read_bundle
@@ -347,6 +348,17 @@ def _recognise(state_dict: dict[str, Tensor], source: str | Path) -> tuple[str, 
     raise ValueError(f"{source} holds no EPSANet known here; {nearest or 'none is near'}")
 
 
+def _computations(model: nn.Module) -> dict[str, str]:
+    """What each layer computes when it is not trained."""
+    found = {}
+    for name, layer in model.named_modules():
+        if type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            found[name] = f"norm, eps={layer.eps}"
+        elif not isinstance(layer, nn.Identity | nn.Dropout | DropPath):
+            found[name] = f"{type(layer).__name__}({layer.extra_repr()})"
+    return found
+
+
 def save_released(path: str | Path, model: Any, *, data_parallel: bool = False) -> None:
     """Write a checkpoint that the released code reads.
 
@@ -369,7 +381,13 @@ def save_released(path: str | Path, model: Any, *, data_parallel: bool = False) 
             for block in blocks
         ):
             raise ValueError("this network computes something else")
-        _recognise(model.state_dict(), "this network")
+        variant, num_classes = _recognise(model.state_dict(), "this network")
+        with torch.device("meta"):
+            wanted = _computations(create_model(variant, num_classes=num_classes, in_chans=model.conv1.in_channels))
+        found = _computations(model)
+        for name in (*wanted, *found):
+            if wanted.get(name) != found.get(name):
+                raise ValueError(f"{name} is {found.get(name)}, there {wanted.get(name)}")
     except ValueError as error:
         raise ValueError(
             "the released code holds only EPSANets of bottlenecks with a 7×7 stem, four multiplex branches and softmax "
