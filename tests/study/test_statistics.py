@@ -53,6 +53,11 @@ def test_runs_that_differ_by_the_same_everywhere_prove_nothing() -> None:
         found = paired_difference(one, [1, 2, 3])
         assert found.mean.value == one[0] - 1
         assert math.isnan(found.p)
+    one, other = ([100 * right / 450 for right in rights] for rights in ([400, 406], [398, 404]))
+    found = paired_difference(one, other)
+    assert 0 < found.mean.deviation < 1e-12, "not equal to the last bit"
+    assert math.isnan(found.p)
+    assert paired_difference([50.0, 50.2], [50.0, 50.0]).p < 1, "one image of 500 is a difference"
 
 
 def test_holm_rejects_what_its_step_down_procedure_rejects() -> None:

@@ -24,6 +24,7 @@ from making import class_folders
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
+from epsanet._processes import cores
 from epsanet.cli import main
 from epsanet.insight.scales import record_scales
 from epsanet.network.psa import PSA
@@ -31,7 +32,7 @@ from epsanet.study.config import CompareConfig, StudyConfig
 from epsanet.study.cost import count
 from epsanet.study.report import write_report
 from epsanet.study.rows import ABLATION, Row, ablation_rows, compare_rows, match_widths
-from epsanet.study.running import StudyRun, _Crew
+from epsanet.study.running import StudyInterrupted, StudyRun, _Crew, read_results
 from epsanet.study.tables import Table, printed
 from epsanet.study.worker import _listening, rescaled
 
@@ -133,6 +134,8 @@ def test_every_setting_of_the_ablation_changes_the_modules_as_it_says() -> None:
             "no setting 'split2' of the ablation; there are paper",
         ),
         (["ablation", "--output", "x", "--model", "resnet18"], "--model resnet18 has no PSA modules"),
+        (["ablation", "--output", "x", "--model", "epsanet50_large"], "epsanet50_large has PSA settings of its own"),
+        (["ablation", "--output", "x", "--model", "epsanet50_large_g32"], "has PSA settings of its own"),
         (["compare", "--output", "x", "--model", "resnet18"], "takes its networks from --networks"),
         (["compare", "--output", "x", "--seeds", "0"], "seeds=0 is impossible; use 1 or more"),
         (
@@ -224,6 +227,37 @@ place = {{"threads": os.environ["OMP_NUM_THREADS"], "cores": sorted(os.sched_get
 found = json.loads(Path(sys.argv[-2]).with_suffix(".made").read_text())
 result.write_text(json.dumps({{**found, "place": place, "time": [start, time.monotonic()]}}))
 """
+
+
+SLOW_WORKER = """#!{python} -S
+import sys, time
+time.sleep(30)
+open(sys.argv[-1], "w").close()
+"""
+
+
+def test_a_run_that_is_being_started_when_the_study_is_stopped_is_stopped_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").mkdir()
+    worker = tmp_path / "worker"
+    worker.write_text(SLOW_WORKER.format(python=sys.executable))
+    worker.chmod(0o755)
+    monkeypatch.setattr("epsanet.study.running.sys", SimpleNamespace(executable=str(worker)))
+    run = StudyRun(folder=tmp_path, row=Row(name="a", title="a", model="epsanet14_tiny"), seed=0)
+    crew = _Crew([run], epochs=1, study=StudyConfig(), numbers=sorted(cores())[:1])
+    begin = crew._begin
+
+    def stopped_as_it_begins(*arguments: Any) -> Any:
+        begun = begin(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begun
+
+    monkeypatch.setattr(crew, "_begin", stopped_as_it_begins)
+    start = time.monotonic()
+    with pytest.raises(StudyInterrupted, match="stopped and saved; 1 of 1 run"):
+        crew.work()
+    assert time.monotonic() - start < 20, "it was waited for"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be kept to cores here")
@@ -458,6 +492,12 @@ def test_a_damaged_result_is_named_with_the_remedy(
     path.write_text(whole[:100])
     with pytest.raises(ValueError, match=r"split-seed1.json is damaged"):
         write_report(finished)
+
+
+def test_a_result_that_is_being_written_is_not_read(finished: Path) -> None:
+    before = read_results(finished)
+    (finished / "results" / ".split-seed1.json.x1y2.json").write_text("{")
+    assert read_results(finished) == before
 
 
 @pytest.mark.parametrize("text", [None, "a: [", "[]", "schedule: {epochs: 2}", "\x80"])

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from conftest import DIGITS, Server, load
@@ -137,6 +138,11 @@ def test_a_picture_can_be_fetched_from_where_it_was_put_and_nothing_else_beside_
     content = load.digits(1)[0]
     (place,) = server.visitor.upload(content, "mine.png").json()
     assert server.visitor.ask("GET", f"{API}/file={place}").body == content
+    for name in ("50%.png", "wait..png", "mine.jfif"):
+        (place,) = server.visitor.upload(content, name).json()
+        assert server.visitor.ask("GET", f"{API}/file={quote(place)}").body == content, name
+    (place,) = server.visitor.upload(content, "a%2e.png").json()
+    assert server.visitor.ask("GET", f"{API}/file={quote(place)}").status == 404, "could be unquoted once more"
     (text,) = server.visitor.upload(b"<script>alert(1)</script>", "mine.html").json()
     assert Path(text).is_relative_to(server.folder / "files")
     assert server.visitor.ask("GET", f"{API}/file={text}").status == 404

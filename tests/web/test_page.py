@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,30 @@ def test_another_model_looks_at_the_same_picture(server: Server, browser: Any, d
     best = server.visitor.use("predict", digits[3].read_bytes(), CIFAR, 0.5)["classes"][0]["class"]
     page.wait(lambda: best in page.text("#classes h2"))
     assert "32×32 pixels" in page.text(".describes")
+
+
+def test_a_model_that_is_chosen_while_another_is_at_work_is_the_one_that_answers(
+    server: Server, browser: Any, digits: list[Path]
+) -> None:
+    page = Page(browser, server.url, 1200)
+    page.upload(digits[3])
+    page.wait(lambda: "3" in page.text("#classes h2"))
+    best = server.visitor.use("predict", digits[3].read_bytes(), CIFAR, 0.5)["classes"][0]["class"]
+    content = digits[3].read_bytes()
+    others = [
+        threading.Thread(target=server.visitor.use, args=("predict", content, "finder", 0.5), daemon=True)
+        for _ in range(8)
+    ]
+    for other in others:  # these are asked first, so that the page has to wait
+        other.start()
+    page.choose("finder")
+    page.wait(lambda: page.text(".describes") and "32×32" not in page.text(".describes"))
+    page.choose(CIFAR)
+    page.wait(lambda: best in page.text("#classes h2"))
+    for other in others:
+        other.join(SECONDS)
+    page.wait(lambda: best in page.text("#classes h2") and "32×32 pixels" in page.text(".describes"))
+    assert not page.source("#drawn img")
 
 
 def test_objects_are_drawn_and_the_slider_leaves_the_surest(server: Server, browser: Any, digits: list[Path]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from timm.models.resnet import ResNet
 
+from epsanet.network.psa import GROUPS, SPC, fit_groups
 from epsanet.network.rivals import RIVALS
 from epsanet.network.weights import create_model
 from epsanet.study.config import CompareConfig, StudyConfig
@@ -108,10 +109,11 @@ def ablation_rows(
         input_size: height and width, at which multiply-accumulates are counted.
 
     Raises:
-        ValueError: for an unknown setting, or a network without PSA modules.
+        ValueError: for an unknown setting, or a network without PSA modules or with other settings than the paper's.
     """
     if not model.startswith("epsanet"):
         raise ValueError(f"--model {model} has no PSA modules; an ablation is of an EPSANet, such as epsanet14_tiny")
+    _check_settings(model)
     rows = []
     for name in dict.fromkeys((ABLATION_REFERENCE, *(config.networks or ABLATION))):
         if name not in ABLATION:
@@ -120,6 +122,19 @@ def ablation_rows(
         merged = {**model_args, "block_args": {**model_args.get("block_args", {}), **block_args}}
         rows.append(Row(name=name, title=title, model=model, model_args=merged, width_multiple=16))
     return _matched(rows, config.match, num_classes, input_size)
+
+
+def _check_settings(model: str) -> None:
+    """The rows say what differs from the paper's settings, so a variant with others cannot be their start."""
+    with torch.device("meta"):
+        spc = [module for module in create_model(model).modules() if isinstance(module, SPC)][-1]
+    convs: list[Any] = list(spc.branches)
+    published = fit_groups(GROUPS, convs[0].in_channels, sum(conv.out_channels for conv in convs))
+    if spc.mode != "multiplex" or tuple(conv.groups for conv in convs) != published:
+        raise ValueError(
+            f"--model {model} has PSA settings of its own; an ablation starts from the paper's, which epsanet50_small, "
+            "epsanet26_tiny and others have"
+        )
 
 
 def _rival(name: str, size: Any, model_args: dict[str, Any]) -> Row:

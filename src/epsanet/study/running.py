@@ -138,10 +138,15 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: when there is none.
     """
-    found = sorted((Path(folder) / "results").glob("*.json"))
+    found = _result_files(Path(folder))
     if not found:
         raise ValueError(f"{folder} has no finished run of a study (results/*.json)")
     return [_read_result(path) for path in found]
+
+
+def _result_files(folder: Path) -> list[Path]:
+    """Without what a run is just writing, or has left half written when it was killed."""
+    return sorted((folder / "results").glob("[!.]*.json"))
 
 
 def _read_result(path: Path) -> dict[str, Any]:
@@ -194,7 +199,7 @@ def read_study(folder: str | Path) -> dict[str, Any]:
 
 def _write_table(folder: Path) -> Path:
     path = folder / "results.csv"
-    done = sorted((folder / "results").glob("*.json"))
+    done = _result_files(folder)
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
@@ -334,6 +339,8 @@ class _Crew:
         for place in range(len(self.shares)):
             if place not in taken and self.waiting and not self.signals:
                 self.working.append(self._begin(self.waiting.pop(0), place))
+                if self.signals:  # asked to stop while it was started
+                    self.working[-1].process.terminate()
 
     def _begin(self, run: StudyRun, place: int) -> _Working:
         share = self.shares[place]

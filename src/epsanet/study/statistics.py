@@ -61,7 +61,8 @@ def paired_difference(one: Sequence[float], other: Sequence[float]) -> Differenc
     """
     differences = [a - b for a, b in zip(one, other, strict=True)]
     found = mean(differences)
-    if found.runs < 2 or found.deviation == 0:
+    rounding = 1e-9 * max(1.0, *map(abs, (*one, *other)))  # equal differences of shares are not equal to the last bit
+    if found.runs < 2 or found.deviation <= rounding:
         return Difference(mean=found, p=math.nan)
     t = found.value / (found.deviation / math.sqrt(found.runs))
     return Difference(mean=found, p=2 * float(special.stdtr(found.runs - 1, -abs(t))))

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from epsanet.web.uploads import MAX_BYTES, Room
 
@@ -32,7 +32,7 @@ _GET = re.compile(
 _POST = re.compile(rf"{_API}/(upload|queue/join|cancel|reset|call/\w+|run/predict)/?")
 _CALL = re.compile(rf"{_API}/call/(\w+)/?")
 _BY_NUMBER = re.compile(rf"{_API}/(queue/join|run/predict)/?")
-_SERVED = (".png", ".jpg", ".jpeg", ".webp")
+_SERVED = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 _MAX_JSON = 64 * 2**10
 _MAX_FORM = MAX_BYTES + 64 * 2**10
 
@@ -103,7 +103,11 @@ class Gate:
         self._check_names(headers)
         path: str = scope["path"]
         if scope["method"] in ("GET", "HEAD"):
-            if not _GET.fullmatch(path) or ".." in path or (path.startswith(_FILE) and not self._may_serve(path)):
+            if (
+                not _GET.fullmatch(path)
+                or ".." in path.split("/")
+                or (path.startswith(_FILE) and not self._may_serve(path))
+            ):
                 raise _RefusedError(404, "there is nothing here")
             return receive
         if scope["method"] != "POST" or not _POST.fullmatch(path):
@@ -133,7 +137,8 @@ class Gate:
 
     def _may_serve(self, path: str) -> bool:
         place = path.removeprefix(_FILE)
-        return place.lower().endswith(_SERVED) and "%" not in place and place[:1] == "/" and self.room.holds(place)
+        plain = unquote(place) == place  # 50%.png is a name; what could be unquoted once more is not served
+        return place.lower().endswith(_SERVED) and plain and place[:1] == "/" and self.room.holds(place)
 
     async def _checked_json(self, path: str, receive: Receive) -> Receive:
         """The whole body, once every file that it names is known to be ours, and a function can take the rest."""

@@ -96,7 +96,9 @@ def build_page(models: dict[str, ServedModel], examples: Sequence[Path], room: R
             page.show, given, shown, api_visibility="private", trigger_mode="always_last", concurrency_id=_NETWORK
         )
         chosen = model.change(page.choose, model, [about, score], api_visibility="private", concurrency_limit=None)
-        chosen.then(page.show, given, shown, api_visibility="private", concurrency_id=_NETWORK)
+        chosen.then(
+            page.show, given, shown, api_visibility="private", trigger_mode="always_last", concurrency_id=_NETWORK
+        )
         _add_api(page, image, model, score)
     blocks.queue(max_size=QUEUED, default_concurrency_limit=1, api_open=False)
     return blocks
