@@ -366,6 +366,9 @@ def test_the_usual_layouts_are_found(tmp_path: Path) -> None:
         "images": ("train.json", "images/train"),
         "roboflow": ("train/_annotations.coco.json", "train"),
         "together": ("annotations/train.json", "images"),
+        "cvat": ("annotations/instances_Train.json", "images/Train"),
+        "fiftyone": ("train/labels.json", "train/data"),
+        "beside": ("train/annotations.json", "train/images"),
     }
     for name, (file, images) in wanted.items():
         folder = coco_folder(tmp_path / name)
@@ -373,12 +376,102 @@ def test_the_usual_layouts_are_found(tmp_path: Path) -> None:
         (tmp_path / name / images).parent.mkdir(parents=True, exist_ok=True)
         (folder / "train").rename(folder / "moved")
         (folder / "val").rename(folder / "elsewhere")
+        (folder / images).parent.mkdir(exist_ok=True)
         (folder / "moved").rename(folder / images)
         text = source.read_text()
         (folder / "annotations" / "instances_val.json").unlink()
         source.unlink()
         (folder / file).write_text(text)
         assert find_coco_splits(folder) == {"train": (folder / file, folder / images)}, name
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wanted"), [("images/", "."), ("train/", "."), ("cam1/", "train"), ("cam1/", "images/train")]
+)
+def test_images_are_where_the_file_names_lead_to(prefix: str, wanted: str, tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    changed(
+        folder, lambda content: [image.update(file_name=prefix + image["file_name"]) for image in content["images"]]
+    )
+    (folder / "images").mkdir()
+    (folder / "images" / "other.png").write_bytes(b"")
+    (folder / "train").rename(folder / "moved")
+    place = folder / wanted / prefix
+    place.parent.mkdir(exist_ok=True, parents=True)
+    if prefix == "images/":
+        (folder / "images" / "other.png").unlink()
+        (folder / "images").rmdir()
+    (folder / "moved").rename(place)
+    splits = opened(folder)
+    assert Path(splits.train.folder).resolve() == (folder / wanted).resolve()
+    assert (len(splits.train), splits.train.problems) == (6, {})
+
+
+def test_file_names_of_windows_are_found(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    changed(
+        folder, lambda content: [image.update(file_name="train\\" + image["file_name"]) for image in content["images"]]
+    )
+    file = folder / "annotations" / "instances_train.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    splits = opened(folder)
+    assert (len(splits.train), splits.train.problems) == (6, {})
+
+
+def test_cvats_own_names_of_subsets_are_found(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    for split, title in (("train", "Train"), ("val", "Validation")):
+        places = folder / "annotations"
+        (places / f"instances_{split}.json").rename(places / f"instances_{title}.json")
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / split).rename(folder / "images" / title)
+    splits = opened(folder)
+    assert (len(splits.train), len(splits.val), splits.class_names) == (6, 6, ["ant", "cat"])
+
+
+def test_a_list_of_test_images_is_left_out_with_a_note_and_refused_where_it_is_asked_for(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    file = folder / "annotations" / "test.json"
+    file.write_text(json.dumps({"images": [], "categories": []}))
+    (folder / "val").rename(folder / "moved")
+    (folder / "test").mkdir()
+    (folder / "moved").rename(folder / "val")
+    (folder / "test" / "x.png").write_bytes(b"")
+    splits = opened(folder)
+    assert splits.test is None
+    assert splits.notes == (f"{file} lists test images without annotations, and is left out",)
+    with pytest.raises(ValueError, match=r"test.json is no COCO JSON: it has no list 'annotations'"):
+        split_of(folder, "test")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_crowd_regions_alone_are_nothing_to_learn_from(split: str, tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    changed(folder, lambda content: [entry.update(iscrowd=1) for entry in content["annotations"]], split)
+    with pytest.raises(ValueError, match=rf"instances_{split}.json has no object to .*, only 10 crowd regions"):
+        opened(folder)
+
+
+def test_an_unused_category_of_a_name_that_another_has_is_left_out(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    root = {"id": 0, "name": "ant", "supercategory": "none"}
+    changed(folder, lambda content: content["categories"].insert(0, root))
+    train = opened(folder).train
+    assert train.class_names == ["ant", "cat"]
+    assert train.problems == {"unused categories of a name that another has": ["0 (ant)"]}
+    changed(folder, lambda content: content["annotations"][0].update(category_id=0))
+    with pytest.raises(ValueError, match="names a category twice: ant"):
+        opened(folder)
+
+
+def test_specks_of_a_contour_do_not_take_their_object_along() -> None:
+    square = [2, 3, 12, 3, 12, 13, 2, 13]
+    wanted = read_rle([square], 20, 30)
+    for specks in ([[17, 3, 18, 3]], [[17, 3]], [[17, 3, 18, 3], [5, 5]]):
+        assert np.array_equal(read_rle([*specks, square], 20, 30), wanted)
+        assert np.array_equal(read_rle([square, *specks], 20, 30), wanted)
+        with pytest.raises(ValueError, match="less than three corners"):
+            read_rle(specks, 20, 30)
 
 
 @pytest.mark.parametrize("name", ["training-data", "testset", "valves", "train"])

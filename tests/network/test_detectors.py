@@ -76,6 +76,81 @@ def test_without_norm_eval_the_statistics_follow_the_images() -> None:
     assert norm.running_mean.abs().max() > 0
 
 
+@pytest.mark.parametrize("backbone", ["convnext_atto", "resnet18"])
+def test_frozen_stages_are_counted_from_the_first_with_or_without_a_feature_of_the_stem(backbone: str) -> None:
+    for stages in (0, 1, 2):
+        with torch.device("meta"):
+            body = create_detector(backbone, 2, DetectorConfig(frozen_stages=stages)).network.backbone.body
+        prefix = "stages_" if backbone == "convnext_atto" else "layer"
+        first = 0 if backbone == "convnext_atto" else 1
+        for name, parameter in body.named_parameters():
+            stage = int(name.removeprefix(prefix)[0]) - first + 1 if name.startswith(prefix) else 0
+            assert parameter.requires_grad == (stage > stages), (stages, name)
+
+
+def test_a_transformer_with_channels_last_features_learns_and_finds() -> None:
+    arguments = {"strict_img_size": False, "img_size": 64, "window_size": 2, "embed_dim": 16, "depths": (1, 1, 1, 1)}
+    model = create_detector(
+        "swin_tiny_patch4_window7_224",
+        3,
+        detector_config("faster_rcnn", out_indices=[0, 1]),
+        backbone_args={**arguments, "num_heads": (1, 1, 1, 1)},
+    )
+    images, targets = zip(*(scene(number, size=64) for number in range(2)), strict=True)
+    losses = model.train()(images, targets)
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    assert model.network.backbone.body.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("architecture", ["faster_rcnn", "retinanet"])
+def test_boxes_are_of_32_bits_under_mixed_precision(architecture: Architecture) -> None:
+    """16 bits hold whole pixels up to 256 only; torchvision's anchors and boxes are of the type of the features."""
+    model = detector(architecture, min_size=640, max_size=640, score_thresh=0.0).eval()
+    image, seen = torch.rand(3, 640, 600), []
+    generator = model.network.anchor_generator if architecture == "retinanet" else model.network.rpn.anchor_generator
+    generator.register_forward_hook(lambda _, __, anchors: seen.append(anchors[0]))
+    with torch.no_grad():
+        model.detect([image])
+        with torch.autocast("cpu", torch.bfloat16):
+            (found,) = model.detect([image])
+    assert seen[1].dtype == torch.float32
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
+    assert found["boxes"].dtype == torch.float32
+    assert len(found["boxes"]) > 50
+    rounded = found["boxes"].bfloat16().float()
+    assert (rounded - found["boxes"]).abs().max() > 0.5, "they would have been moved by half a pixel and more"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_classes_that_a_detector_knows_by_name_come_along_in_any_order(architecture: Architecture) -> None:
+    source = LoadedDetector(model=detector(architecture).eval(), class_names=["a", "b", "c"])
+    torch.manual_seed(2)
+    model = create_detector(BACKBONE, 3, detector_config(architecture), backbone_args=BACKBONE_ARGS).eval()
+    if architecture == "retinanet":  # whose scores start all alike
+        for each in (source.model, model):
+            torch.nn.init.normal_(each.network.head.classification_head.cls_logits.weight)
+    said = start_detector_from(model, ["c", "new", "a"], source)
+    assert "2 of its classes" in said
+    one, other = source.model.network, model.network
+    with torch.no_grad():
+        if architecture == "retinanet":
+            features = [torch.randn(1, 16, 8, 8)]
+            logits = [net.head.classification_head(features) for net in (one, other)]
+            torch.testing.assert_close(logits[1][..., [0, 2]], logits[0][..., [2, 0]])
+            assert not torch.allclose(logits[1][..., 1], logits[0][..., 1])
+            return
+        features = torch.randn(5, 16)
+        scores, deltas = zip(*(net.roi_heads.box_predictor(features) for net in (one, other)), strict=True)
+        torch.testing.assert_close(scores[1][:, [0, 1, 3]], scores[0][:, [0, 3, 1]])
+        boxes = [each.reshape(5, 4, 4) for each in deltas]
+        torch.testing.assert_close(boxes[1][:, [0, 1, 3]], boxes[0][:, [0, 3, 1]])
+        if architecture == "mask_rcnn":
+            maps = torch.randn(2, 8, 4, 4)
+            masks = [net.roi_heads.mask_predictor(maps) for net in (one, other)]
+            torch.testing.assert_close(masks[1][:, [0, 1, 3]], masks[0][:, [0, 3, 1]])
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_classes_count_from_zero_in_and_out(architecture: Architecture) -> None:
     """A detector whose class scores say one thing for every box gives that class; its loss is least for that label."""
@@ -329,8 +404,8 @@ def test_a_detector_starts_from_another_whose_classes_come_along_if_they_are_the
         new = {name for name, value in model.network.state_dict().items() if not torch.equal(value, given[name])}
         if len(names) == 3:
             assert new == set()
-        else:
-            assert {name.rpartition(".")[0] for name in new} == OF_THE_CLASSES[architecture]
+            continue
+        assert {name.rpartition(".")[0] for name in new} == OF_THE_CLASSES[architecture]
     with pytest.raises(ValueError, match=r"another network than .*"):
         start_detector_from(detector(architecture, fpn_channels=24), ["a", "b", "c"], source)
 

@@ -5,6 +5,8 @@ A data set is a folder with a JSON file and a folder of images for each split, i
     annotations/instances_train2017.json   train2017/*.jpg        COCO's own
     train.json                             train/*.jpg            or images/train/*.jpg
     train/_annotations.coco.json           train/*.jpg            Roboflow's
+    annotations/instances_Train.json       images/Train/*.jpg     CVAT's
+    train/labels.json                      train/data/*.jpg       FiftyOne's
 
 Segmentations may be polygons or run-length encodings, compressed or not; ids may have gaps; crowd regions and images
 without objects are kept. A class is its *name*: labels follow the training split's list of names.
@@ -12,7 +14,9 @@ without objects are kept. A class is its *name*: labels follow the training spli
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +33,7 @@ from epsanet.data.check import look_at
 from epsanet.data.config import DataConfig
 from epsanet.data.detection import DetectionSamples, DetectionSplits, Objects, SplitReport
 from epsanet.data.images import IMAGE_SUFFIXES, ImageError, read_image
-from epsanet.data.samples import match_classes
+from epsanet.data.samples import match_classes, subfolders
 from epsanet.data.sources import TEST_NAMES, TRAIN_NAMES, VAL_NAMES, require
 
 __all__ = ["CocoSamples", "check_coco", "find_coco_splits", "open_coco", "open_coco_split", "read_rle"]
@@ -41,6 +45,8 @@ _FARTHEST = 4
 """A polygon may reach so many times the longer side of its image out of it."""
 _LEAST_SIDE = 0.01
 """Boxes that are narrower in pixels have no area left in float32, when their image is scaled."""
+_BEGINNING = 2**20
+"""Bytes of a JSON file; the names of some images are among them."""
 _LARGEST = 1e9
 """Numbers from this on are no pixels."""
 
@@ -62,7 +68,7 @@ class CocoSamples(DetectionSamples):
         self.file, self.folder = file, folder
         self.problems: dict[str, list[str]] = {}
         self.images = self._unambiguous(content, "images", "image", "file_name")
-        categories = self._unambiguous(content, "categories", "category", "name")
+        categories = self._used(content, self._unambiguous(content, "categories", "category", "name"))
         categories.sort(key=lambda category: category["id"])
         names = [str(category["name"]) for category in categories]
         twice = [name for name, count in Counter(names).items() if count > 1]
@@ -106,6 +112,18 @@ class CocoSamples(DetectionSamples):
                 self.found(f"duplicate {kind} ids", f"{kind} {number}")
         content["annotations"] = [one for one in annotations if one[f"{kind}_id"] not in ambiguous]
         return [group[0] for number, group in entries.items() if number not in ambiguous]
+
+    def _used(self, content: dict[str, Any], categories: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Without categories that no object has and whose name another has, as labelling tools add a root to them."""
+        used = {annotation["category_id"] for annotation in content["annotations"]}
+        taken = {str(category["name"]) for category in categories if category["id"] in used}
+        kept = []
+        for category in categories:
+            if category["id"] in used or str(category["name"]) not in taken:
+                kept.append(category)
+            else:
+                self.found("unused categories of a name that another has", f"{category['id']} ({category['name']})")
+        return kept
 
     def _add(self, annotations: list[dict[str, Any]]) -> None:
         seen: dict[Any, list[dict[str, Any]]] = {}
@@ -153,7 +171,9 @@ class CocoSamples(DetectionSamples):
 
     def path(self, position: int) -> Path:
         """File of an image."""
-        return self.folder / self.images[position]["file_name"]
+        name = self.images[position]["file_name"]
+        path = self.folder / name
+        return self.folder / name.replace("\\", "/") if "\\" in name and not path.exists() else path
 
     def name(self, position: int) -> str:
         return str(self.path(position))
@@ -233,7 +253,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     for key, fields in _FIELDS.items():
@@ -287,7 +307,7 @@ def read_rle(segmentation: Any, height: int, width: int) -> np.ndarray:
     if reason:
         raise ValueError(f"a segmentation {reason}")
     if isinstance(segmentation, list):
-        encoded = mask.merge(mask.frPyObjects(segmentation, height, width))
+        encoded = mask.merge(mask.frPyObjects(_with_an_area(segmentation), height, width))
     elif isinstance(segmentation["counts"], list):
         encoded = mask.frPyObjects(segmentation, height, width)
     else:
@@ -299,7 +319,7 @@ def read_rle(segmentation: Any, height: int, width: int) -> np.ndarray:
 def _segmentation_error(segmentation: Any, height: int, width: int) -> str:
     """What keeps a segmentation from being decoded; the decoder checks nothing, and would take all memory."""
     if isinstance(segmentation, list):
-        return _polygon_error(segmentation, _FARTHEST * max(height, width))
+        return _polygon_error(_with_an_area(segmentation) or segmentation, _FARTHEST * max(height, width))
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "is neither polygons nor a run-length encoding"
     if segmentation["size"] != [height, width]:
@@ -310,6 +330,11 @@ def _segmentation_error(segmentation: Any, height: int, width: int) -> str:
     if not isinstance(counts, list) or not all(isinstance(count, int) and count >= 0 for count in counts):
         return "has counts that are neither whole numbers nor COCO's text for them"
     return "" if sum(counts) == height * width else "has counts that do not fill the image"
+
+
+def _with_an_area(polygons: list[Any]) -> list[Any]:
+    """Without parts of one or two corners, specks that tools which follow contours leave in."""
+    return [part for part in polygons if not (isinstance(part, list) and len(part) in (2, 4))]
 
 
 def _polygon_error(polygons: list[Any], farthest: int) -> str:
@@ -468,7 +493,7 @@ _WANTED = "digits-detection, or a folder with annotations/instances_train.json a
 
 
 def _json_of(folder: Path, name: str) -> Path | None:
-    inside = [file for file in sorted(folder.glob(f"{name}*/[!.]*.json")) if name in _words(file.parent)]
+    inside = [file for part in subfolders(folder) if name in _words(part) for file in sorted(part.glob("[!.]*.json"))]
     files = [*sorted((folder / "annotations").glob("[!.]*.json")), *sorted(folder.glob("[!.]*.json"))]
     # COCO's own image_info_test2017.json and _test-dev2017.json list images and have no annotations.
     named = [file for file in files if name in _words(file) and not file.stem.startswith("image_info")]
@@ -478,16 +503,36 @@ def _json_of(folder: Path, name: str) -> Path | None:
 
 def _words(path: Path) -> list[str]:
     """``instances_train2017`` is about train."""
-    return [word.rstrip("0123456789") for word in path.stem.replace("-", "_").split("_")]
+    return [word.rstrip("0123456789") for word in path.stem.lower().replace("-", "_").split("_")]
 
 
 def _images_of(folder: Path, name: str, file: Path) -> Path | None:
+    """The folder in which the first images of the file are; where none are there, one that has images at all."""
     if file.parent not in (folder, folder / "annotations"):
-        return file.parent
-    years = [file.stem.rpartition(name)[2], ""]
-    places = [parent / f"{name}{year}" for year in years for parent in (folder, folder / "images")]
-    places += [folder / "images", folder]
-    return next((place for place in places if place.is_dir() and _holds_images(place)), None)
+        places = [file.parent, file.parent / "images", file.parent / "data"]
+    else:
+        wanted = [f"{name}{year}" for year in (file.stem.lower().rpartition(name)[2], "")]
+        parts = [part for parent in (folder, folder / "images") if parent.is_dir() for part in subfolders(parent)]
+        places = [part for title in wanted for part in parts if part.name.lower() == title]
+        places += [folder / "images", folder]
+    places, names = [place for place in places if place.is_dir()], _first_names(file)
+    found = [place for place in places if any((place / image).is_file() for image in names)]
+    return next(iter([*found, *(place for place in places if _holds_images(place))]), None)
+
+
+def _first_names(file: Path) -> list[str]:
+    """Some file names of images, without reading all of a large file."""
+    with file.open("rb") as opened:
+        start = opened.read(_BEGINNING).decode("utf-8", "replace")
+    found = itertools.islice(re.finditer(r'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', start), 20)
+    return [name for name in (_unquoted(match[1]) for match in found) if name]
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(json.loads(text)).replace("\0", "").replace("\\", "/")
+    except ValueError:
+        return ""
 
 
 def _holds_images(folder: Path) -> bool:
@@ -511,18 +556,39 @@ def open_coco(config: DataConfig, *, masks: bool, progress: Callable[[str], Prog
         if title not in found:
             raise ValueError(f"{config.source} has no COCO JSON for {title}; --data takes {_WANTED}")
     splits: dict[str, CocoSamples] = {}
-    reports = []
+    reports, notes = [], []
     for title, (file, folder) in found.items():
+        if title == "test" and not _has_annotations(file):
+            notes.append(f"{file} lists test images without annotations, and is left out")
+            continue
         names = splits["train"].class_names if splits else None
         splits[title] = CocoSamples(file, folder, names)
         if masks and not splits[title].has_masks:
             raise ValueError(
                 f"{file} has boxes but no segmentations; train --detector.architecture=faster_rcnn or retinanet"
             )
-        reports.append(check_coco(splits[title], title, config, masks=masks, progress=progress(title)))
+        report = check_coco(splits[title], title, config, masks=masks, progress=progress(title))
+        if not sum(report.per_class.values()):
+            crowds = f", only {report.crowds} crowd regions (iscrowd is 1)" if report.crowds else ""
+            raise ValueError(f"{file} has no object to {'learn from' if title == 'train' else 'find'}{crowds}")
+        reports.append(report)
     return DetectionSplits(
-        name=config.source, train=splits["train"], val=splits["val"], test=splits.get("test"), reports=reports
+        name=config.source,
+        train=splits["train"],
+        val=splits["val"],
+        test=splits.get("test"),
+        reports=reports,
+        notes=tuple(notes),
     )
+
+
+def _has_annotations(file: Path) -> bool:
+    """Of damaged files too, which are refused when they are read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(content, dict) or "annotations" in content
 
 
 def open_coco_split(

@@ -264,7 +264,13 @@ def collate(
 
 
 def detection_train_loader(
-    samples: DetectionSamples, config: DataConfig, augmentation: v2.Compose, seed: int, *, masks: bool
+    samples: DetectionSamples,
+    config: DataConfig,
+    augmentation: v2.Compose,
+    seed: int,
+    *,
+    masks: bool,
+    pin_memory: bool = False,
 ) -> TrainLoader:
     """Augmented batches ``images, targets, positions`` in an order drawn anew each epoch.
 
@@ -274,6 +280,7 @@ def detection_train_loader(
         augmentation: of ``train_augmentation``.
         seed: of order and augmentation.
         masks: whether targets have masks.
+        pin_memory: whether batches lie where a GPU can fetch them while it computes.
 
     Raises:
         ValueError: when there are more processes than images.
@@ -289,6 +296,7 @@ def detection_train_loader(
         persistent_workers=workers > 0,
         worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator().manual_seed(seed),
+        pin_memory=pin_memory,
     )
 
 

@@ -26,7 +26,7 @@ def start_detector_from(detector: Detector, class_names: Sequence[str], source: 
     """Load the weights of another network into a new detector, and normalise images as it does.
 
     A classifier gives the backbone; PSA modules inherit from convolutions of the same name, as in ``start_from``. A
-    detector gives everything, but for the layers that give the classes where these are others.
+    detector gives everything, and of the layers that give the classes what is of those that it knows by name.
 
     Args:
         detector: changed in place.
@@ -72,11 +72,34 @@ def _take_backbone(detector: Detector, source: LoadedModel) -> str:
 
 def _take_detector(detector: Detector, class_names: list[str], source: LoadedDetector) -> str:
     given, own = source.model.network.state_dict(), detector.network.state_dict()
-    same_classes = source.class_names == class_names
-    wanted = {name: value for name, value in own.items() if same_classes or not name.startswith(_CLASS_LAYERS)}
+    wanted = {name: value for name, value in own.items() if not name.startswith(_CLASS_LAYERS)}
     _check_same(given, wanted, f"{detector.config.architecture} on {detector.backbone_name}")
-    detector.network.load_state_dict({**own, **{name: given[name] for name in wanted}})
-    return f"{len(wanted)} tensors of a detector, {'its classes' if same_classes else 'new classes'}"
+    found = {name: given[name] for name in wanted}
+    known = [
+        (place, source.class_names.index(name)) for place, name in enumerate(class_names) if name in source.class_names
+    ]
+    outputs = [name for name in own if name.startswith(_CLASS_LAYERS)]
+    for name in outputs if known else ():
+        background = 0 if detector.config.architecture == "retinanet" else 1
+        theirs = _by_class(given[name], len(source.class_names) + background, background)
+        ours = _by_class(own[name].clone(), len(class_names) + background, background)
+        places = [*zip(range(background), range(background), strict=True)]
+        for place, other in [*places, *((one + background, other + background) for one, other in known)]:
+            ours[place] = theirs[other]
+        found[name] = ours if background else ours.transpose(0, 1)
+        found[name] = found[name].reshape(own[name].shape)
+    detector.network.load_state_dict({**own, **found})
+    came = (
+        "its classes" if len(known) == len(class_names) else f"{len(known)} of its classes" if known else "new classes"
+    )
+    return f"{len(found)} tensors of a detector, {came}"
+
+
+def _by_class(weights: Tensor, classes: int, background: int) -> Tensor:
+    """A layer's weights with the class as the first axis; torchvision's RetinaNet has the anchor before it."""
+    if background:
+        return weights.unflatten(0, (classes, -1))
+    return weights.unflatten(0, (-1, classes)).transpose(0, 1)
 
 
 def _check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:

@@ -26,6 +26,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -73,7 +74,32 @@ class _PyramidBackbone(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> OrderedDict[str, Tensor]:
         features = self.body(x_NCHW.contiguous(memory_format=torch.channels_last))
-        return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))
+        if str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC"):  # Swin and its kind
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        pyramid = self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(features)))
+        if x_NCHW.device.type == "mps":  # where torchvision pools regions from features of the boxes' type only
+            pyramid = OrderedDict((level, _at_least_32_bits(feature)) for level, feature in pyramid.items())
+        return pyramid
+
+
+def _at_least_32_bits(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _Anchors(AnchorGenerator):
+    """torchvision's, which makes anchors in the type of the features: 16 bits do not hold a pixel from 256 on."""
+
+    def forward(self, image_list: Any, feature_maps: list[Tensor]) -> list[Tensor]:
+        return super().forward(
+            image_list, [_at_least_32_bits(feature.new_empty(())).expand(feature.shape) for feature in feature_maps]
+        )
+
+
+class _BoxCoder(BoxCoder):
+    """torchvision's, which rounds boxes to the type of what the heads put out."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        return super().decode_single(_at_least_32_bits(rel_codes), _at_least_32_bits(boxes))
 
 
 class PastedMasks:
@@ -303,6 +329,8 @@ def create_detector(
     )
     mean, std = list(data_config["mean"]), list(data_config["std"])
     network.transform = _Transform(config.min_size, config.max_size, mean, std)
+    for part in (network, network.head.regression_head) if retina else (network.rpn, network.roi_heads):
+        part.box_coder = _BoxCoder(part.box_coder.weights, part.box_coder.bbox_xform_clip)
     return Detector(network, config, backbone, arguments, num_classes)
 
 
@@ -311,7 +339,7 @@ def _heads(config: DetectorConfig, num_classes: int, levels: int) -> dict[str, A
     retina, channels = config.architecture == "retinanet", config.fpn_channels
     octaves = (0, 1 / 3, 2 / 3) if retina else (0,)
     sizes = tuple(tuple(int(size * 2**octave) for octave in octaves) for size in config.anchor_sizes)
-    anchors = AnchorGenerator(sizes, (tuple(config.aspect_ratios),) * len(sizes))
+    anchors = _Anchors(sizes, (tuple(config.aspect_ratios),) * len(sizes))
     if retina:
         head = RetinaNetHead(channels, anchors.num_anchors_per_location()[0], num_classes, norm_layer=_norm(config))
         return {"anchor_generator": anchors, "score_thresh": config.score_thresh, "head": head}
@@ -352,14 +380,18 @@ def _checked_args(config: DetectorConfig) -> dict[str, Any]:
 
 
 def _freeze(body: Any, stages: int, name: str) -> None:
-    """Keep everything from the image up to this feature of timm's list, whose first is the stem."""
+    """Keep everything from the image up to this feature of timm's list, whose first is the stem or the first stage."""
     if stages < 0:
         return
     modules = [info["module"].replace(".", "_") for info in body.feature_info.info]
+    if body.feature_info.info[0]["reduction"] >= 4:  # ConvNeXt, Swin and others give no feature of the stem
+        modules = ["", *modules]
     children = dict(body.named_children())
-    if stages >= len(modules) or modules[stages] not in children:
+    if stages >= len(modules) or (modules[stages] or modules[1]) not in children:
         raise ValueError(f"{name} cannot freeze {stages} stages; use detector.frozen_stages=-1 to train all of it")
     for child, module in children.items():
+        if child == modules[1] and not modules[stages]:
+            return
         module.requires_grad_(False)
         if child == modules[stages]:
             return

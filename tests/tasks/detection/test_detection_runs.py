@@ -402,6 +402,17 @@ def test_images_of_any_kind_are_looked_at(
         (["train", "digits-detection", "--label_smoothing=0.2"], "label_smoothing is for classifiers; leave it out"),
         (["train", "digits", "--data.scale_jitter=[0.5,2]"], "data.scale_jitter is for detectors"),
         (["train", "bccd", "--data", "gone"], "there is no folder gone"),
+        (
+            [
+                "train",
+                "digits-detection",
+                "--model",
+                "swin_tiny_patch4_window7_224",
+                "--model_args",
+                "{{depths: [1,1,1,1]}}",
+            ],
+            "cannot be the backbone of a detector, which has images of many sizes",
+        ),
         (["train", "digits", "--data.scale_jitter=[2,1]"], "scale_jitter"),
     ],
 )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import pickle
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,6 +228,20 @@ def test_the_confusion_matrix_counts_what_was_missed_invented_and_mixed_up() -> 
     (result,) = evaluation.results
     assert (result.missed, result.invented, result.confused, result.errors) == (1, 1, 1, 3)
     assert evaluation.mask is None
+
+
+def test_what_is_kept_of_an_image_does_not_grow_with_the_classes() -> None:
+    """Each process keeps it for all its images, and sends it to the others."""
+    score = DetectionScore(1000, masks=False)
+    target = objects([[0.0, 0, 10, 10]], [999])
+    for position in range(20):
+        score.update([{**target, "scores": torch.tensor([0.9])}], [target], torch.tensor([position]))
+    assert len(pickle.dumps(score._results)) < 100_000
+    confusion = score.result([str(number) for number in range(1000)]).confusion
+    assert confusion[999, 999] == confusion.sum() == 20
+    score.reset()
+    score.update([{**target, "scores": torch.tensor([0.9])}], [target], torch.tensor([0]))
+    assert score.result([str(number) for number in range(1000)]).confusion.sum() == 1
 
 
 def test_an_evaluation_prints_and_serialises_its_numbers(samples: CocoSamples) -> None:

@@ -34,7 +34,8 @@ def inference_detector(
     body = detector.network.backbone.body.eval()
     optimised = inference_network(body, (3, _EXAMPLE, _EXAMPLE), device, precision, note)
     if optimised is body:
-        return detector.eval()
+        elsewhere = any(weight.device.type != device.type for weight in detector.parameters())
+        return (copy.deepcopy(detector) if elsewhere else detector).eval()
     detector.network.backbone.body = None  # weights that are not needed twice
     try:
         result = copy.deepcopy(detector)

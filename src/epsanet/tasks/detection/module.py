@@ -58,15 +58,15 @@ class DetectorModule(TaskModule):
         for metric in self.losses.values():
             metric.reset()  # type: ignore[operator]
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, index: int) -> Tensor:
         images, targets, positions = batch
         losses: dict[str, Tensor] = self(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         overall = mean(torch.stack([loss, *(losses[name] for name in self.losses)]).detach())
-        self.check_loss(overall[0], loss, positions)
+        self.note_loss(overall[0], loss, positions)
         for metric, value in zip((self.train_loss, *self.losses.values()), overall, strict=True):
             metric.update(value, len(images))  # type: ignore[operator]
-        return loss
+        return self.as_part(loss, index)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         images, targets, positions = batch

@@ -69,7 +69,10 @@ class DetectionRun(Run):
     def train_loader(self, workers: int | None = None) -> TrainLoader:
         data = self.config.data if workers is None else dataclasses.replace(self.config.data, workers=workers)
         augmentation = train_augmentation(data, self.model.config.min_size, self.model.config.max_size)
-        return detection_train_loader(self.splits.train, data, augmentation, self.config.seed, masks=self.masks)
+        pin_memory = self.processes.pins_memory
+        return detection_train_loader(
+            self.splits.train, data, augmentation, self.config.seed, masks=self.masks, pin_memory=pin_memory
+        )
 
     def evaluation_loader(self, split: str) -> DataLoader[Any]:
         return detection_evaluation_loader(getattr(self.splits, split), self.config.data, masks=self.masks)
@@ -205,6 +208,23 @@ def _open(config: TrainConfig) -> DetectionSplits:
     return splits
 
 
+def _try_backbone(model: Detector) -> None:
+    """Some networks take images of one size only, which shows when one goes through."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            for height, width in ((64, 96), (96, 64)):
+                model.network.backbone(torch.zeros(1, 3, height, width))
+    except (AssertionError, RuntimeError) as error:
+        hint = "; Swin and its kind take others with --model_args '{strict_img_size: false}'"
+        raise ValueError(
+            f"{model.backbone_name} cannot be the backbone of a detector, which has images of many sizes: "
+            f"{' '.join(str(error).split())[:200]}{hint if 'size' in str(error) else ''}"
+        ) from error
+    finally:
+        model.train()
+
+
 def _build(config: TrainConfig, splits: DetectionSplits, *, resumed: bool) -> tuple[TrainConfig, Detector, str | None]:
     """The detector and what it starts from; says what timm and torchvision do not have."""
     source = None
@@ -214,6 +234,7 @@ def _build(config: TrainConfig, splits: DetectionSplits, *, resumed: bool) -> tu
     assert detector is not None
     lightning.seed_everything(config.seed, verbose=False)
     model = create_detector(config.model, len(splits.class_names), detector, backbone_args=config.model_args)
+    _try_backbone(model)
     start = start_detector_from(model, splits.class_names, source) if source is not None else None
     transform = model.network.transform
     transform.image_mean = list(config.data.mean or transform.image_mean)

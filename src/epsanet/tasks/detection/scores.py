@@ -145,7 +145,8 @@ class DetectionScore(nn.Module):
 
     def reset(self) -> None:
         """Start anew."""
-        self._results: list[tuple[ImageResult, dict[str, Any], np.ndarray]] = []
+        self._results: list[tuple[ImageResult, dict[str, Any]]] = []
+        self._confusion = np.zeros((self.num_classes + 1,) * 2, dtype=np.int64)
 
     def update(
         self, detections: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Tensor]], positions: Tensor
@@ -174,22 +175,22 @@ class DetectionScore(nn.Module):
             )
             objects: dict[str, Any] = {key: wanted[key] for key in ("boxes", "labels", "iscrowd", "area")}
             objects["masks"] = encode_masks(wanted["masks"]) if self.masks else None
-            self._results.append((result, objects, confusion))
+            self._results.append((result, objects))
+            self._confusion += confusion
 
     def result(self, class_names: list[str]) -> DetectionEvaluation:
         """What has been counted in all processes; each of them has to ask."""
         everything = [entry for part in gather(self._results) for entry in part]
         everything.sort(key=lambda entry: entry[0].position)
-        results, objects, confusions = zip(*everything, strict=True) if everything else ((), (), ())
+        results, objects = zip(*everything, strict=True) if everything else ((), ())
         box, mask = _averages(results, objects, class_names, masks=self.masks)
-        empty = np.zeros((self.num_classes + 1,) * 2, dtype=np.int64)
         return DetectionEvaluation(
             images=len(results),
             objects=sum(int((target["iscrowd"] == 0).sum()) for target in objects),
             class_names=class_names,
             box=box,
             mask=mask,
-            confusion=sum(confusions, empty),
+            confusion=np.sum(gather(self._confusion), axis=0),
             results=list(results),
         )
 
