@@ -364,6 +364,19 @@ def test_a_file_of_class_names_names_and_orders_the_classes(tmp_path: Path) -> N
         open_data(DataConfig(source=str(numbers), **options))
 
 
+def test_files_of_windows_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    """A mark of the byte order before the first name, and browsers' suffix of a JPEG."""
+    parquet(tmp_path / "x.parquet", [0, 1] * 10)
+    (tmp_path / "names.txt").write_text("cat\r\ndog\r\n", encoding="utf-8-sig", newline="")
+    found = open_data(DataConfig(source=str(tmp_path / "x.parquet"), class_names=str(tmp_path / "names.txt")))
+    assert found.class_names == ["cat", "dog"]
+    class_folders(tmp_path / "images", {"a": 10})
+    for path in sorted((tmp_path / "images" / "a").iterdir())[:4]:
+        path.rename(path.with_suffix(".jfif"))
+    splits = open_data(DataConfig(source=str(tmp_path / "images")))
+    assert len(splits.train) + len(splits.val) == 10
+
+
 def test_a_test_split_without_labels_is_left_out(tmp_path: Path) -> None:
     """Benchmarks publish test images with -1 for a label."""
     parquet(tmp_path / "d" / "train-00000-of-00001.parquet", [0, 1] * 10, names=["a", "b"])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from epsanet import kernels
+from epsanet.network import psa as psa_module
 from epsanet.network.psa import PSA, SPC, SEWeight, fit_groups, psa_like, scale_attention, squeeze_excite_weight
 
 MODES = ("multiplex", "split")
@@ -405,6 +406,17 @@ def test_changed_maps_of_the_se_weight_are_called_and_train(change: Callable[[SE
         optimizer.zero_grad()
         psa(x).square().mean().backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("fusion", ["concat", "sum"])
+def test_features_of_16_bits_stay_so_where_the_softmax_is_of_32(fusion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autocast has it on GPUs; else all that follows would be of 32 bits too."""
+    softmax = psa_module.scale_attention
+    monkeypatch.setattr(psa_module, "scale_attention", lambda z, mode: softmax(z.float(), mode))
+    psa, x = PSA(64, fusion=fusion).bfloat16(), torch.randn(2, 64, 5, 5)
+    found = psa(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), psa.float()(x), rtol=0.05, atol=0.05)
 
 
 def test_a_pruned_se_weight_takes_loaded_weights() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
+from epsanet.data.config import DataConfig
 from epsanet.tasks import run
 from epsanet.tasks.config import load_recipe
-from epsanet.tasks.launch import Processes, launch
+from epsanet.tasks.evaluate import evaluate
+from epsanet.tasks.launch import Processes, environment, launch
 
 
 @pytest.mark.parametrize(
@@ -59,3 +64,30 @@ def test_the_first_process_of_a_machine_opens_the_data_before_the_others(
         monkeypatch.setenv(variable, number)
         assert len(run._open_data(load_recipe()).train) == 1293
         assert [found is not None for found in opened] == [number == "0", True]
+
+
+@pytest.mark.parametrize("tasks", ["1", "8"])
+def test_a_slurm_job_without_srun_is_a_machine_like_any_other(
+    tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would wait for processes that srun has not started, and load a checkpoint that nobody has named."""
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    config = DataConfig(workers=0, batch_size=512)
+    wanted = evaluate("epsanet14_tiny.digits", config, device="cpu")
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of another project")
+    assert SLURMEnvironment.detect()
+    assert evaluate("epsanet14_tiny.digits", config, device="cpu").loss == wanted.loss
+    (found,) = environment()
+    assert isinstance(found, LightningEnvironment)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    if tasks == "8":
+        with pytest.raises(ValueError, match="--ntasks-per-node=8"):
+            environment()
+        monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")
+    (found,) = environment()
+    assert isinstance(found, SLURMEnvironment)
+    assert not found.auto_requeue

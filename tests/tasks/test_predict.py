@@ -20,7 +20,7 @@ from epsanet.data.config import DataConfig
 from epsanet.data.images import read_image
 from epsanet.network.weights import LoadedModel, load_model
 from epsanet.tasks.evaluate import evaluate
-from epsanet.tasks.predict import Prediction, find_images, predict, write_predictions
+from epsanet.tasks.predict import Prediction, find_images, predict, predict_batches, write_predictions
 from epsanet.tasks.scores import Score
 
 
@@ -78,6 +78,13 @@ def test_probabilities_are_a_softmax_over_all_classes_however_few_are_asked_for(
     order = np.argsort(-wanted)[:2]
     assert first.classes == tuple(CLASSES[place] for place in order)
     assert first.probabilities == pytest.approx(wanted[order], abs=1e-6)
+
+
+def test_a_model_that_is_used_elsewhere_stays_where_it_is() -> None:
+    loaded = load_model("epsanet14_tiny.digits")
+    elsewhere = torch.device("meta")  # in the place of a GPU
+    assert list(predict_batches(loaded, [], [], 1, 0, elsewhere, print)) == []
+    assert {weight.device.type for weight in loaded.model.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 4, "workers": 2}, {"batch_size": 100}])

@@ -70,8 +70,8 @@ def stop_after(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT
 
 @pytest.mark.parametrize(
     ("step", "number", "saved"),
-    [(7, signal.SIGINT, 8), (0, signal.SIGTERM, 1), (9, signal.SIGINT, 10)],
-    ids=["within an epoch", "at the first step", "at the end of an epoch"],
+    [(7, signal.SIGINT, 8), (0, signal.SIGTERM, 1), (9, signal.SIGINT, 10), (14, signal.SIGTERM, 15)],
+    ids=["within an epoch", "at the first step", "at the end of an epoch", "at the last step"],
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(
     step: int, number: int, saved: int, trained: Any, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,6 +150,66 @@ def test_another_run_cannot_go_on_and_leaves_the_run_as_it_is(
         train(small(run, **{"schedule__epochs": 4, **changes}), resume=run)
     assert "\n" not in str(raised.value)
     assert contents(run) == before
+
+
+def test_a_run_goes_on_in_its_own_folder_with_its_own_weights(trained: Any, small: Small, tmp_path: Path) -> None:
+    run = finished_copy(trained, tmp_path / "run")
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"goes on in .*run; leave --output out, or copy the folder"):
+        train(small(tmp_path / "other", schedule__epochs=4), resume=run)
+    with pytest.raises(ValueError, match=r"--init_from is for new runs"):
+        train(small(run, schedule__epochs=4, init_from="epsanet14_tiny.digits"), resume=run)
+    assert contents(run) == before
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("changes", [{"schedule__epochs": 6}, {"optimizer__lr": 0.05}])
+def test_the_first_step_has_the_rate_that_the_flags_ask_for(
+    changes: dict[str, Any], small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(TrainingInterrupted):
+            train(small(run, schedule__epochs=4))
+    original, rates = Classifier.training_step, []
+
+    def training_step(self: Classifier, batch: Any, index: int) -> torch.Tensor:
+        rates.append((self.global_step, self.learning_rate))
+        return original(self, batch, index)
+
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+    train(small(run, **{"schedule__epochs": 4, **changes}), resume=run)
+    lr, epochs = changes.get("optimizer__lr", 0.02), changes.get("schedule__epochs", 4)
+    wanted = [(step, lr / 2 * (1 + math.cos(math.pi * step / (5 * epochs)))) for step in range(7, 5 * epochs)]
+    assert [step for step, _ in rates] == [step for step, _ in wanted]
+    assert [rate for _, rate in rates] == pytest.approx([rate for _, rate in wanted], rel=1e-9)
+
+
+@pytest.mark.parametrize("together", [2, 3, 8])
+def test_a_step_of_several_batches_has_the_mean_of_their_gradients_the_last_of_an_epoch_too(
+    together: int, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five batches an epoch; 8 are more than there are."""
+    parts: list[list[torch.Tensor]] = []
+    sizes: list[int] = []
+    as_part = Classifier.as_part
+
+    def watched(self: Classifier, loss: torch.Tensor, index: int) -> torch.Tensor:
+        parts.append(list(torch.autograd.grad(loss, list(self.parameters()), retain_graph=True)))
+        return as_part(self, loss, index)
+
+    def compared(self: Classifier, *_: Any) -> None:
+        sizes.append(len(parts))
+        for place, parameter in enumerate(self.parameters()):
+            wanted = torch.stack([gradients[place] for gradients in parts]).mean(0)
+            torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
+        parts.clear()
+
+    monkeypatch.setattr(Classifier, "as_part", watched)
+    monkeypatch.setattr(Classifier, "on_before_optimizer_step", compared)
+    train(small(tmp_path / "run", schedule__epochs=1, accumulate_grad_batches=together))
+    assert sizes == {2: [2, 2, 1], 3: [3, 2], 8: [5]}[together]
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -239,6 +299,16 @@ def test_the_generator_of_a_gpu_goes_on_whatever_gpus_there_are(monkeypatch: pyt
     begun("cpu", of_all)
     begun("cuda:0", begun("cpu").state_dict())
     assert gpus == {0: first, 2: third}
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: gpus[None])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: gpus.update({None: state}))
+    gpus[None] = second
+    of_a_mac = begun("mps").state_dict()
+    gpus[None] = third
+    begun("cpu", of_a_mac)
+    begun("mps", begun("cpu").state_dict())
+    assert gpus[None] is third
+    begun("mps", of_a_mac)
+    assert gpus[None] is second
 
 
 @pytest.fixture
@@ -270,6 +340,33 @@ def test_the_best_score_outlives_the_stop(
     best = checkpoint(run, "best")
     assert (best["epoch"], best["global_step"]) == (0, 5)
     assert checkpoint(run)["epoch"] == 2
+
+
+def test_without_the_best_checkpoint_the_best_of_the_epochs_to_come_is_kept(
+    preset: Callable[[list[float]], None], small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    run = tmp_path / "run"
+    preset([90.0])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(TrainingInterrupted):
+            train(small(run))
+    (run / "checkpoints" / "best.ckpt").unlink()
+    preset([60.0, 50.0, 0.0])
+    train(resume=run)
+    assert "the best of the epochs to come is kept" in " ".join(capfd.readouterr().err.split())
+    assert checkpoint(run, "best")["epoch"] == 1
+
+
+def test_a_finished_run_without_its_best_checkpoint_takes_the_last(trained: Any, tmp_path: Path, capfd: Any) -> None:
+    run = finished_copy(trained, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    (run / "checkpoints" / "best.ckpt").write_bytes(b"damaged")
+    train(resume=run)
+    assert "the last epoch is taken for the best" in " ".join(capfd.readouterr().err.split())
+    weights = load_file(run / "model" / "model.safetensors")
+    last = checkpoint(run)["state_dict"]
+    same_state(weights, {name: last[f"model.{name}"] for name in weights})
 
 
 def test_a_finished_run_that_is_resumed_trains_no_further(trained: Any, tmp_path: Path) -> None:
@@ -391,8 +488,12 @@ def test_a_folder_that_is_no_run_or_has_no_checkpoint_says_so(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"is no run folder: it has no config\.yaml"):
         train(resume=tmp_path)
     (tmp_path / "config.yaml").write_text("model: epsanet14_tiny\n")
-    with pytest.raises(ValueError, match=r"last\.ckpt is not there, so there is nothing to resume"):
+    with pytest.raises(ValueError, match=r"nothing to resume; begin in it with --resume auto --output .*, or remove"):
         train(resume=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"there already; choose another --output, or begin in it again with --resume auto"
+    ):
+        train(TrainConfig(output=str(tmp_path)))
 
 
 # The same by the command line, with processes that are really stopped

@@ -15,7 +15,9 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 __all__ = ["IMAGE_SUFFIXES", "ImageError", "image_files", "image_size", "printable", "read_image"]
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+)
 MAX_PIXELS = 178_956_970
 """Larger images are refused as decompression bombs; Pillow's own limit for an error."""
 

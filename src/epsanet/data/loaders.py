@@ -481,7 +481,9 @@ class StreamDataset(IterableDataset[tuple[Tensor, int, int]]):
             yield augmented, label, position
 
 
-def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dict[str, Any], seed: int) -> TrainLoader:
+def train_loader(
+    samples: Samples | Stream, config: DataConfig, data_config: dict[str, Any], seed: int, *, pin_memory: bool = False
+) -> TrainLoader:
     """Augmented batches ``images, labels, positions`` in an order drawn anew each epoch.
 
     Args:
@@ -489,6 +491,7 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
         config: batch size, workers and augmentation.
         data_config: preprocessing as timm resolves it.
         seed: of order and augmentation.
+        pin_memory: whether batches lie where a GPU can fetch them while it computes.
 
     Raises:
         ValueError: when there are more processes than images, or a stream is to repeat augmentation.
@@ -500,6 +503,7 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
         "persistent_workers": workers > 0,
         "worker_init_fn": _leave_signals_to_the_main_process,
         "generator": torch.Generator().manual_seed(seed),  # else each epoch would draw from torch's own
+        "pin_memory": pin_memory,
     }
     if isinstance(samples, Stream):
         if config.aug_repeats > 1:
@@ -512,13 +516,16 @@ def train_loader(samples: Samples | Stream, config: DataConfig, data_config: dic
     return TrainLoader(ImageDataset(samples, transform, seed, config.on_bad_image), batch_sampler=order, **common)
 
 
-def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config: dict[str, Any]) -> Loader:
+def evaluation_loader(
+    samples: Samples | Stream, config: DataConfig, data_config: dict[str, Any], *, pin_memory: bool = False
+) -> Loader:
     """Batches ``images, labels, positions``, each image that can be read once in one of the processes, in order.
 
     Args:
         samples: a split.
         config: batch size, workers, and what to do with images that cannot be read.
         data_config: preprocessing as timm resolves it.
+        pin_memory: whether batches lie where a GPU can fetch them while it computes.
 
     Raises:
         ValueError: when there are more processes than images.
@@ -533,6 +540,7 @@ def evaluation_loader(samples: Samples | Stream, config: DataConfig, data_config
         "num_workers": workers,
         "worker_init_fn": _leave_signals_to_the_main_process,
         "generator": torch.Generator(),
+        "pin_memory": pin_memory,
     }
     if isinstance(samples, Stream):
         stream = StreamDataset(samples, transform, config.batch_size, on_bad_image=config.on_bad_image)

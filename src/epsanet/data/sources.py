@@ -242,7 +242,7 @@ def _read_class_names(config: DataConfig) -> list[str] | None:
     if config.class_names is None:
         return None
     try:
-        names = [line.strip() for line in Path(config.class_names).read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in Path(config.class_names).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--data.class_names {config.class_names} cannot be read as text: {error}") from error
     names = [name for name in names if name]

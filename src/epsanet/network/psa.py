@@ -338,8 +338,11 @@ class PSA(nn.Module):
         """Shape ``N, C, H, W`` to ``N, K, H', W'``."""
         feats_NSDHW, averages_NSD = self.spc.forward_and_squeeze(x_NCHW)
         if self.se is not None:
-            feats_NSDHW = feats_NSDHW * self.attention(feats_NSDHW, averages_NSD)[..., None, None]
-        return feats_NSDHW.flatten(1, 2) if self.fusion == "concat" else feats_NSDHW.sum(1)
+            attention = self.attention(feats_NSDHW, averages_NSD)
+            if attention.dtype != feats_NSDHW.dtype:  # autocast takes the softmax in float32; the features stay small
+                attention = attention.to(feats_NSDHW.dtype)
+            feats_NSDHW = feats_NSDHW * attention[..., None, None]
+        return feats_NSDHW.flatten(1, 2) if self.fusion == "concat" else feats_NSDHW.sum(1, dtype=feats_NSDHW.dtype)
 
     def extra_repr(self) -> str:
         return f"softmax={self.softmax!r}, fusion={self.fusion!r}"

@@ -59,6 +59,7 @@ class RandomStates(Callback):
             "numpy": [kind, [int(word) for word in words], int(place), int(has_gauss), float(cached)],
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
+            "mps": torch.mps.get_rng_state() if self._device.type == "mps" else None,
         }
         return {"processes": gather(own)}
 
@@ -80,6 +81,8 @@ class RandomStates(Callback):
             cuda = cuda[number] if number < len(cuda) else None
         if cuda is not None and self._device.type == "cuda":
             torch.cuda.set_rng_state(cuda, self._device)
+        if states.get("mps") is not None and self._device.type == "mps":
+            torch.mps.set_rng_state(states["mps"])
 
 
 class History(Callback):
@@ -264,6 +267,9 @@ class LastCheckpoint(CheckpointCallback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002
         self._restore()
+        (stop,) = largest([int(self.asked)], trainer.strategy.root_device)
+        if stop:
+            self._stop("the end of the last epoch")
 
     def on_exception(self, *_: Any) -> None:
         self._restore()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from epsanet._files import atomic_file
 from epsanet.network.foreign import reason_without_advice
+from epsanet.tasks.console import messages
 
 __all__ = ["AtomicCheckpointIO", "BestCheckpoint", "DamagedCheckpointError", "newest_sound", "read", "tidy"]
 
@@ -175,7 +176,16 @@ class BestCheckpoint(ModelCheckpoint):
         return equal or super().check_monitor_top_k(trainer, current)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score along when the run folder has been moved; the best epoch lies in it as before."""
+        """Take the best score along when the run folder has been moved; the best epoch lies in it as before.
+
+        Where it does not, the score is of no use: the best of the epochs to come is kept.
+        """
+        if state_dict["best_model_path"]:
+            try:
+                read(Path(self.dirpath or "") / BEST)
+            except (OSError, DamagedCheckpointError) as error:
+                messages.print(f"{error}; the best of the epochs to come is kept")
+                return
 
         def here(path: str) -> str:
             return str(Path(self.dirpath or "") / Path(path).name) if path else ""

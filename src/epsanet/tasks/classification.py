@@ -56,9 +56,9 @@ class Classifier(TaskModule):
             images, labels = self.mixer(images, labels, epoch=self.current_epoch, batch=index, process=self.global_rank)
         loss: Tensor = self.criterion(self(images), labels)
         overall = mean(loss.detach())
-        self.check_loss(overall, loss, positions)
+        self.note_loss(overall, loss, positions)
         self.train_loss.update(overall, len(labels))
-        return loss
+        return self.as_part(loss, index)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], _: int) -> None:
         images, labels, _positions = batch

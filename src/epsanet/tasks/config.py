@@ -137,7 +137,7 @@ class TrainConfig:
     ema_decay: float | None = None
     """Decay of a moving average of all weights, made after each step; it is what is validated and kept. None: none."""
     accumulate_grad_batches: int = 1
-    """Batches whose gradients are summed up for one step of the optimiser, for batches that do not fit into memory."""
+    """Batches whose gradients are averaged for one step of the optimiser, for batches that do not fit into memory."""
     seed: int = 42
     """Of weights, order and augmentation; a run with the same seed on the same machine gives the same numbers."""
     device: str = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from epsanet.tasks.classification import Classifier
 from epsanet.tasks.console import messages, progress_bar, quiet_lightning, track
 from epsanet.tasks.devices import resolve_device
 from epsanet.tasks.inference import inference_network
-from epsanet.tasks.launch import Processes, launch
+from epsanet.tasks.launch import Processes, environment, launch
 from epsanet.tasks.module import TaskModule
 from epsanet.tasks.scores import Evaluation
 
@@ -96,10 +97,13 @@ def evaluate_module(
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM.
     """
-    with quiet_lightning(), in_company(), interruptible():
+    # In a SLURM job Lightning looks in its folder for checkpoints that nobody named.
+    with tempfile.TemporaryDirectory() as empty, quiet_lightning(), in_company(), interruptible():
         trainer = lightning.Trainer(
             **processes.trainer_arguments(),
             precision=precision,
+            plugins=environment(),
+            default_root_dir=empty,
             logger=False,
             callbacks=[_Bar(), _Stop()],
             enable_checkpointing=False,
@@ -157,7 +161,7 @@ def evaluate(
         for bad, reason in report.bad.items():
             note(f"skipped {bad}: {reason}")
     data_config = asked_for(loaded.data_config, data)
-    loader = evaluation_loader(samples, data, data_config)
+    loader = evaluation_loader(samples, data, data_config, pin_memory=processes.pins_memory)
     network = agree(
         lambda: inference_network(loaded.model, data_config["input_size"], processes.device, precision, note)
     )

@@ -8,11 +8,13 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from epsanet._processes import rank
 from epsanet.tasks.console import console, messages, quiet_lightning
 
-__all__ = ["Processes", "launch"]
+__all__ = ["Processes", "environment", "launch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,11 @@ class Processes:
     def world_size(self) -> int:
         """All processes."""
         return self.devices * self.nodes
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether batches are to lie where a GPU can fetch them while it computes."""
+        return self.device.type == "cuda"
 
     def trainer_arguments(self, *, frozen: bool = False) -> dict[str, Any]:
         """What Lightning's ``Trainer`` is to be told.
@@ -69,10 +76,33 @@ def launch(device: torch.device, devices: int = 1, nodes: int = 1) -> Processes:
     if device.type == "cuda" and devices > torch.cuda.device_count():
         raise ValueError(f"{devices} processes need as many CUDA devices; here are {torch.cuda.device_count()}")
     with quiet_lightning():
-        fabric = lightning.Fabric(accelerator=device.type, devices=devices, num_nodes=nodes, strategy="ddp")
+        fabric = lightning.Fabric(
+            accelerator=device.type, devices=devices, num_nodes=nodes, strategy="ddp", plugins=environment()
+        )
         fabric.launch()
     console.quiet = messages.quiet = rank() > 0
     return Processes(device=fabric.device, devices=devices, nodes=nodes)
+
+
+def environment() -> list[Any]:
+    """What Lightning is to be told about a SLURM job, as plugins.
+
+    It takes each for one whose processes srun has started. Where srun has started no other, as in a plain line of a
+    batch script, Lightning is to start them itself. It is never to requeue the job with a checkpoint of its own.
+
+    Raises:
+        ValueError: for processes that srun has not started by their number on each node.
+    """
+    if (
+        torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    ) or not SLURMEnvironment.detect():
+        return []
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return [LightningEnvironment()]
+    try:
+        return [SLURMEnvironment(auto_requeue=False)]
+    except RuntimeError as error:  # --ntasks in the place of --ntasks-per-node
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _as_torchrun_says(devices: int, nodes: int) -> tuple[int, int]:

@@ -90,6 +90,10 @@ class TaskModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self.set_train_mode()  # Lightning does not call on_train_epoch_start when it goes on within an epoch
+        if self.global_step:  # the rates that came with the optimiser are those of the schedule that was
+            for configured in self.trainer.lr_scheduler_configs:
+                scheduler: Any = configured.scheduler
+                scheduler.step_update(num_updates=self.global_step)
 
     def on_train_epoch_start(self) -> None:
         loader: Any = self.trainer.train_dataloader
@@ -102,17 +106,41 @@ class TaskModule(lightning.LightningModule):
         """That of the classifier, which is the highest."""
         return max(float(group["lr"]) for group in self.trainer.optimizers[0].param_groups)
 
-    def check_loss(self, overall: Tensor, loss: Tensor, positions: Tensor) -> None:
-        """Stop where the loss is no number; each process has to ask.
+    def as_part(self, loss: Tensor, index: int) -> Tensor:
+        """The loss as Lightning is to have it, which divides each by ``accumulate_grad_batches``.
+
+        The last step of an epoch may be of fewer batches; its gradient is their mean, too.
+
+        Args:
+            loss: of a batch.
+            index: of the batch in its epoch.
+        """
+        assert self.config is not None
+        batches = int(self.trainer.num_training_batches)
+        together = self.config.accumulate_grad_batches
+        rest = batches % together
+        return loss * (together / rest) if rest and index >= batches - rest else loss
+
+    def note_loss(self, overall: Tensor, loss: Tensor, positions: Tensor) -> None:
+        """Stop where the loss is no number, before the weights change; each process has to say.
+
+        It is looked at after the backward pass: to look earlier would have a GPU wait for it between the two.
 
         Args:
             overall: mean loss of all processes.
             loss: of this process.
             positions: of the images of its batch.
 
-        Raises:
-            DivergedError: with the names of the images in the process whose loss it is.
         """
+        self._noted = overall, loss.detach(), positions
+
+    def on_after_backward(self) -> None:
+        """Look at the loss.
+
+        Raises:
+            DivergedError: with the names of the images in the process whose loss is no number.
+        """
+        overall, loss, positions = self._noted
         if torch.isfinite(overall):
             return
         agree(lambda: self._check_own_loss(loss, positions))

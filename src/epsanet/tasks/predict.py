@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,8 @@ def predict_batches(
         note: told what the user should know: that the network was optimised.
     """
     network = inference_network(loaded.model.eval(), loaded.data_config["input_size"], device, note=note)
+    if network is loaded.model and any(weight.device.type != device.type for weight in network.parameters()):
+        network = copy.deepcopy(network)  # the caller's stays where it is
     network = network.to(device).to(memory_format=torch.channels_last)
     loader = DataLoader(
         _Files(paths, evaluation_transform(loaded.data_config)),

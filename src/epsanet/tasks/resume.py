@@ -42,7 +42,8 @@ def find_start(config: TrainConfig, resume: str | Path | None, processes: Proces
         The run folder, or nothing where a new one is to be made; and the checkpoint, or nothing to begin at the start.
 
     Raises:
-        ValueError: when there is nothing sound to go on from, or it was trained with another number of images a step.
+        ValueError: when there is nothing sound to go on from, it was trained with another number of images a step, or
+            another output or start is asked for.
     """
     if resume is None:
         if config.output is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
@@ -53,19 +54,30 @@ def find_start(config: TrainConfig, resume: str | Path | None, processes: Proces
     folder = Path(config.output if resume == "auto" else resume).resolve()  # type: ignore[arg-type]
     if resume == "auto" and not (folder / "config.yaml").is_file():
         return None, None
-    run_config(folder)
+    begun = load_recipe(str(run_config(folder)))
+    if resume != "auto":
+        _check_place(config, begun, folder)
     try:
         path, checkpoint, notes = newest_sound(folder / "checkpoints")
     except FileNotFoundError as error:
         if resume == "auto":
             messages.print(f"{shown(folder)} has no checkpoint yet; the run starts at its beginning")
             return folder, None
-        raise ValueError(f"{error}; start anew without --resume") from error
+        raise ValueError(
+            f"{error}; begin in it with --resume auto --output {shown(folder)}, or remove the folder"
+        ) from error
     tidy(folder / "checkpoints")
     for note in notes:
         messages.print(note, style="yellow")
     _check_images_per_step(config, processes, folder, checkpoint.get("images_per_step"))
     return folder, path
+
+
+def _check_place(config: TrainConfig, begun: TrainConfig, folder: Path) -> None:
+    if config.output not in (None, begun.output) and Path(config.output).resolve() != folder:
+        raise ValueError(f"--resume goes on in {folder}; leave --output out, or copy the folder and resume the copy")
+    if config.init_from != begun.init_from:
+        raise ValueError(f"--init_from is for new runs, and {folder} has weights of its own; leave it out")
 
 
 def as_begun(config: TrainConfig, folder: Path) -> TrainConfig:

@@ -27,6 +27,7 @@ from epsanet.network.bundle import RuntimeNetwork
 from epsanet.network.inherit import Start, start_from
 from epsanet.network.weights import LoadedModel, create_model, load_model, save_model
 from epsanet.tasks.card import model_card
+from epsanet.tasks.checkpoints import LAST
 from epsanet.tasks.classification import Classifier
 from epsanet.tasks.config import TrainConfig
 from epsanet.tasks.console import messages, track
@@ -72,11 +73,15 @@ class Run:
     def train_loader(self, workers: int | None = None) -> TrainLoader:
         """Augmented batches; with the configured number of workers when left out."""
         data = self.config.data if workers is None else replace(self.config.data, workers=workers)
-        return train_loader(self.splits.train, data, self.data_config, self.config.seed)
+        return train_loader(
+            self.splits.train, data, self.data_config, self.config.seed, pin_memory=self.processes.pins_memory
+        )
 
     def evaluation_loader(self, split: str) -> DataLoader[Any]:
         """Batches of val or test, each image once."""
-        return evaluation_loader(getattr(self.splits, split), self.config.data, self.data_config)
+        return evaluation_loader(
+            getattr(self.splits, split), self.config.data, self.data_config, pin_memory=self.processes.pins_memory
+        )
 
     def module(self, updates_per_epoch: int = 1) -> TaskModule:
         """The network as Lightning trains it."""
@@ -263,9 +268,9 @@ def run_folder(config: TrainConfig) -> Path:
         return (Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     folder = Path(config.output).resolve()
     if folder.exists() and (not folder.is_dir() or any(not entry.name.startswith(".") for entry in folder.iterdir())):
-        raise ValueError(
-            f"{config.output} is there already; choose another --output, or go on with --resume {config.output}"
-        )
+        begun = (folder / "config.yaml").is_file() and not (folder / "checkpoints" / LAST).is_file()
+        go_on = "begin in it again with --resume auto" if begun else f"go on with --resume {config.output}"
+        raise ValueError(f"{config.output} is there already; choose another --output, or {go_on}")
     return folder
 
 

@@ -110,7 +110,7 @@ class Score(nn.Module):
             images=total,
             top1=100 * correct / max(total, 1),
             top5=100 * float(self.top5.compute()),
-            loss=math.fsum(self.losses.compute().double().flatten().tolist()) / max(total, 1),
+            loss=math.fsum(self.losses.compute().cpu().double().flatten().tolist()) / max(total, 1),
             interval=accuracy_interval(correct, total),
             class_names=class_names,
             confusion=confusion,

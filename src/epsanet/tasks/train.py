@@ -29,12 +29,12 @@ from epsanet.tasks.callbacks import (
     Reporter,
     TrainingInterrupted,
 )
-from epsanet.tasks.checkpoints import BEST, LAST, AtomicCheckpointIO, BestCheckpoint, read
+from epsanet.tasks.checkpoints import BEST, LAST, AtomicCheckpointIO, BestCheckpoint, DamagedCheckpointError, read
 from epsanet.tasks.config import TrainConfig, load_recipe
-from epsanet.tasks.console import console, duration, quiet_lightning
+from epsanet.tasks.console import console, duration, messages, quiet_lightning
 from epsanet.tasks.devices import processor_name, resolve_device
 from epsanet.tasks.evaluate import evaluate_module, interruptible
-from epsanet.tasks.launch import Processes, launch
+from epsanet.tasks.launch import Processes, environment, launch
 from epsanet.tasks.module import DivergedError
 from epsanet.tasks.report import announce, has_tensorboard, next_commands, shown
 from epsanet.tasks.resume import as_begun, check_continuation, find_start, run_config
@@ -149,6 +149,7 @@ def _fit(run: Run, loader: TrainLoader, checkpoint: Path | None) -> History:
             max_epochs=config.schedule.epochs,
             accumulate_grad_batches=config.accumulate_grad_batches,
             gradient_clip_val=config.optimizer.clip_grad,
+            default_root_dir=run.folder,  # in a SLURM job Lightning looks there for checkpoints that nobody named
             logger=TensorBoardLogger(run.folder, name="", version="tensorboard") if has_tensorboard() else False,
             callbacks=[
                 # First, so that what is saved after a step has the average of that step.
@@ -159,7 +160,7 @@ def _fit(run: Run, loader: TrainLoader, checkpoint: Path | None) -> History:
                 BestCheckpoint(run.checkpoints, module.monitor),
                 LastCheckpoint(run.checkpoints / LAST, config.train_time_interval),
             ],
-            plugins=[AtomicCheckpointIO()],
+            plugins=[*environment(), AtomicCheckpointIO()],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -205,8 +206,12 @@ def _finish(run: Run, history: History) -> TrainResult:
 
 
 def _best(run: Run) -> tuple[int, dict[str, Tensor]]:
-    """Number and weights of the best epoch."""
-    best = read(run.checkpoints / BEST)
+    """Number and weights of the best epoch, or of the last where its checkpoint is gone."""
+    try:
+        best = read(run.checkpoints / BEST)
+    except (OSError, DamagedCheckpointError) as error:  # only last.ckpt was copied, say, and no later epoch was better
+        messages.print(f"{error}; the last epoch is taken for the best")
+        best = read(run.checkpoints / LAST)
     return best["epoch"] + 1, best["state_dict"]
 
 
