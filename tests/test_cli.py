@@ -287,6 +287,19 @@ def test_predict_prints_a_row_an_image_and_errors_in_theirs(
     assert pictures.is_dir()
 
 
+def test_names_of_images_are_whole_on_a_narrow_terminal(
+    run: Run, trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = next(iter(sorted((pictures / "val").rglob("*.png"))))
+    name = tmp_path / ("a_name_of_forty_letters_and_more_and_so_on" * 2 + ".png")
+    name.write_bytes(image.read_bytes())
+    monkeypatch.setattr("epsanet.tasks.console.console._width", 60)
+    code, output, _ = run("predict", trained, name, "--device=cpu", "--topk=2")
+    assert code == 0
+    first_cells = [line.split("│")[1].strip() for line in output.splitlines() if "│" in line]
+    assert str(name) in "".join(first_cells)
+
+
 def test_predict_writes_the_file_it_is_asked_for(run: Run, trained: Path, pictures: Path, tmp_path: Path) -> None:
     target = tmp_path / "x.json"
     code, output, errors = run("predict", trained, pictures / "val", "--output", target, "--device=cpu", "--topk=1")
@@ -352,6 +365,7 @@ def test_models_as_json_and_as_a_table_has_every_network_with_its_cost(
             said = row["published"]
             assert (said["parameters"], said["gmacs"]) == (cost.published.parameters, cost.published.gmacs)
             assert (said["top1"], said["top5"]) == (cost.published.top1, cost.published.top5)
+    monkeypatch.setattr("epsanet.tasks.console.console._width", 80)
     code, table, _ = run("models")
     assert code == 0
     for cost in costs:

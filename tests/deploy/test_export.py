@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -372,6 +372,29 @@ def test_a_missing_library_names_the_line_to_install(
 def test_a_bundle_is_not_exported_again(bundles: dict[str, Exported], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="an exported bundle already"):
         export(bundles["onnx"].folder, tmp_path / "bundle", ExportConfig(), note=ignore)
+
+
+def test_a_folder_with_other_files_beside_a_bundle_is_left_as_it_is(
+    bundles: dict[str, Exported], digits_folder: Path, tmp_path: Path
+) -> None:
+    """A bundle is replaced as a whole, and a repository around it would go with it."""
+    folder = tmp_path / "app"
+    shutil.copytree(bundles["pt2"].folder, folder)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    with pytest.raises(ValueError, match=r"app holds other files than a bundle \(\.git\); name another folder"):
+        export(digits_folder, folder, ExportConfig(format="pt2"), note=ignore)
+    assert (folder / ".git" / "HEAD").read_text() == "ref: refs/heads/main"
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "pt2"])
+def test_a_bundle_answers_several_threads_at_once(kind: str, bundles: dict[str, Exported]) -> None:
+    model = load_model(bundles[kind].folder).model
+    images = [torch.randn(16, 3, 16, 16) for _ in range(48)]
+    wanted = [model(x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        for found, one in zip(pool.map(model, images), wanted, strict=True):
+            torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)
 
 
 def test_bundles_are_told_apart_by_their_state(bundles: dict[str, Exported], tmp_path: Path) -> None:

@@ -139,6 +139,10 @@ def test_every_setting_of_the_ablation_changes_the_modules_as_it_says() -> None:
         (["compare", "--output", "x", "--model", "resnet18"], "takes its networks from --networks"),
         (["compare", "--output", "x", "--seeds", "0"], "seeds=0 is impossible; use 1 or more"),
         (
+            ["compare", "--output", "x", "--devices", "2"],
+            "a run of a study is one process; leave --devices and --nodes",
+        ),
+        (
             ["compare", "--match", "none", "--networks", "[resnet]", "--output", "x", "--threads", "999"],
             "at_once=1 with threads=999 is more than the",
         ),

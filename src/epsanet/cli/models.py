@@ -39,7 +39,12 @@ def run(values: dict[str, Any]) -> int:
         weights = {row.name: [dataclasses.asdict(found) for found in shipped if found.of == row.name] for row in rows}
         print(json.dumps([{**dataclasses.asdict(row), "weights": weights[row.name]} for row in rows], indent=2))
         return 0
-    table = Table(title="EPSANets in timm, and what the paper says of them", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="EPSANets in timm, and what the paper says of them",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     for title in ("network", "input", "parameters", "paper", "GMACs", "paper", "top-1", "top-5"):
         table.add_column(title, justify="left" if title == "network" else "right", no_wrap=True)
     for row in rows:
@@ -61,7 +66,7 @@ def run(values: dict[str, Any]) -> int:
         "which of the two reached its accuracy is unknown.\n"
         "top-1 and top-5 are the paper's, on ImageNet; its weights were never published."
     )
-    table = Table(title="Weights in this package", box=box.SIMPLE_HEAD)
+    table = Table(title="Weights in this package", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for title in ("name", "input", "classes", "KiB", "top-1", "measured on"):
         table.add_column(title, justify="left" if title in ("name", "measured on") else "right", no_wrap=True)
     for found in shipped:
@@ -84,8 +89,8 @@ def _detectors(*, as_json: bool) -> int:
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
         return 0
-    table = Table(title="The paper's detectors on COCO", box=box.SIMPLE_HEAD)
-    for title in ("detector", "backbone", "trained parameters", "paper", "box AP", "AP50", "AP75", "mask AP"):
+    table = Table(title="The paper's detectors on COCO", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for title in ("detector", "backbone", "trained", "paper", "box AP", "AP50", "AP75", "mask AP"):
         table.add_column(title, justify="left" if title in ("detector", "backbone") else "right", no_wrap=True)
     for row in rows:
         paper = row.published
@@ -99,7 +104,7 @@ def _detectors(*, as_json: bool) -> int:
         )
     console.print(table)
     console.print(
-        "Parameters: 80 classes, stem and first stage frozen, scale and shift of the other norms trained.\n"
+        "Trained parameters: 80 classes, stem and first stage frozen, scale and shift of the other norms trained.\n"
         "AP is the paper's, on COCO val2017 after the 1x schedule; nobody has trained these with this package yet."
     )
     return 0

@@ -59,7 +59,7 @@ def _refuse_other_task(values: dict[str, Any], *, detector: bool) -> None:
 def _detect(values: dict[str, Any], pictures: str | None, score_thresh: float) -> int:
     from collections import Counter
 
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from epsanet.tasks.console import console, messages, track
     from epsanet.tasks.detection.predict import detect, draw_detections, write_detections
@@ -75,7 +75,7 @@ def _detect(values: dict[str, Any], pictures: str | None, score_thresh: float) -
         rows = draw_detections(pictures, rows)
     if output is not None:
         rows = write_detections(output, rows)
-    table = Table("image", "found")
+    table = Table(Column("image", overflow="fold"), "found")
     failed = 0
     for row in track(rows, len(paths), "detecting"):
         failed += bool(row.error)
@@ -114,7 +114,7 @@ def _classify(values: dict[str, Any]) -> int:
 
 def _predict_at_once(model: str, paths: list[str], output: str | None, values: dict[str, Any]) -> int:
     """Predict into a table on the screen, a CSV or a JSON file; the number of images that could not be read."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from epsanet.tasks.console import console, messages, track
     from epsanet.tasks.predict import predict, write_predictions
@@ -123,7 +123,7 @@ def _predict_at_once(model: str, paths: list[str], output: str | None, values: d
     rows = predict(model, paths, **values)
     if output is not None:
         rows = write_predictions(output, rows, topk)
-    table = Table("image", *(f"{place}." for place in range(1, topk + 1)))
+    table = Table(Column("image", overflow="fold"), *(f"{place}." for place in range(1, topk + 1)))
     failed = 0
     for row in track(rows, len(paths), "predicting"):
         failed += bool(row.error)

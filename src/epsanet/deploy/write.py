@@ -40,10 +40,17 @@ def check_place(folder: Path, kind: str) -> None:
         kind: its format.
 
     Raises:
-        ValueError: when something else is there, or a library is missing.
+        ValueError: when something else is there, or in an older bundle there, or a library is missing.
     """
     if folder.exists() and not (folder / BUNDLE_NAME).is_file():
         raise ValueError(f"{folder} is there and no bundle; name another folder with --output")
+    if folder.exists():  # it is replaced as a whole
+        names = {BUNDLE_NAME, "README.md", "network.bin", *NETWORK_NAMES.values()}
+        other = sorted(entry.name for entry in folder.iterdir() if entry.name not in names)
+        if other:
+            raise ValueError(
+                f"{folder} holds other files than a bundle ({other[0]}); name another folder with --output"
+            )
     for library in _NEEDED[kind]:
         require(library, "deploy")
 

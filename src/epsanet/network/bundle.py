@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -291,7 +292,15 @@ def _open_openvino(path: Path, shape: tuple[int, ...], outputs: int) -> Run:
         compiled = core.compile_model(core.read_model(path), "CPU", config)
     except RuntimeError as error:
         raise ValueError(f"OpenVINO cannot read {path}: {first_line(error)}") from error
-    return lambda images: [torch.from_numpy(output.copy()) for output in compiled(images.numpy()).values()]
+    own = threading.local()  # a request is for one thread at a time
+
+    def run(images: Tensor) -> list[Tensor]:
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        found = own.request.infer(images.numpy(), share_inputs=True)
+        return [torch.from_numpy(output.copy()) for output in found.values()]
+
+    return run
 
 
 def _open_pt2(path: Path, shape: tuple[int, ...], outputs: int) -> Run:

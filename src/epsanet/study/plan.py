@@ -29,6 +29,8 @@ def plan(study: StudyConfig, train: TrainConfig) -> list[Row]:
     """
     if train.init_from is not None and train.detector is None:
         raise ValueError("a study of classifiers starts from random weights; leave --init_from out")
+    if train.devices * train.nodes > 1:
+        raise ValueError("a run of a study is one process; leave --devices and --nodes out, and start a study a device")
     resolve_device(train.device)
     if train.detector is not None:
         if train.data.source != DIGITS_DETECTION:

@@ -33,7 +33,7 @@ from epsanet.network.weights import LoadedModel, load_model
 from epsanet.study.cost import count
 from epsanet.tasks.checkpoints import LAST, read
 from epsanet.tasks.config import TrainConfig, load_recipe
-from epsanet.tasks.devices import keep_freed_memory, processor_name
+from epsanet.tasks.devices import keep_freed_memory, processor_name, resolve_device
 from epsanet.tasks.inference import inference_network
 from epsanet.tasks.train import TrainingInterrupted, train
 
@@ -104,7 +104,9 @@ def measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
     _take_last(loaded.model, folder, "model.")
     network = loaded.model.eval().to(memory_format=torch.channels_last)
     loader = evaluation_loader(samples, config.data, loaded.data_config)
-    found = {"split": title, **_accuracies(network, loader), **_history(folder)}
+    device = resolve_device(config.device)
+    found = {"split": title, **_accuracies(network.to(device), loader, device), **_history(folder)}
+    network.cpu()
     parameters, macs = count(
         config.model, loaded.data_config["input_size"][-1], num_classes=len(splits.class_names), **config.model_args
     )
@@ -143,7 +145,7 @@ def _history(folder: Path) -> dict[str, Any]:
     }
 
 
-def _accuracies(network: nn.Module, loader: Any) -> dict[str, Any]:
+def _accuracies(network: nn.Module, loader: Any, device: torch.device) -> dict[str, Any]:
     """Percent of the images at each object scale, and how many there are."""
     right, images = dict.fromkeys(OBJECT_SCALES, 0), 0
     with torch.inference_mode():
@@ -151,7 +153,7 @@ def _accuracies(network: nn.Module, loader: Any) -> dict[str, Any]:
             images += len(labels)
             for scale in OBJECT_SCALES:
                 x = rescaled(batch, scale).contiguous(memory_format=torch.channels_last)
-                right[scale] += int((network(x).argmax(1) == labels).sum())
+                right[scale] += int((network(x.to(device)).argmax(1).cpu() == labels).sum())
     scores: dict[str, Any] = {f"top1_at_{scale:g}": 100 * right[scale] / images for scale in OBJECT_SCALES}
     return {"score": scores["top1_at_1"], "images": images, **scores}
 
