@@ -432,7 +432,7 @@ def test_cvats_own_names_of_subsets_are_found(tmp_path: Path) -> None:
 def test_a_list_of_test_images_is_left_out_with_a_note_and_refused_where_it_is_asked_for(tmp_path: Path) -> None:
     folder = coco_folder(tmp_path)
     file = folder / "annotations" / "test.json"
-    file.write_text(json.dumps({"images": [], "categories": []}))
+    file.write_text(json.dumps({"images": [], "categories": []}), encoding="utf-8-sig")  # Windows' mark is no fault
     (folder / "val").rename(folder / "moved")
     (folder / "test").mkdir()
     (folder / "moved").rename(folder / "val")

@@ -585,7 +585,7 @@ def open_coco(config: DataConfig, *, masks: bool, progress: Callable[[str], Prog
 def _has_annotations(file: Path) -> bool:
     """Of damaged files too, which are refused when they are read."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return True
     return not isinstance(content, dict) or "annotations" in content

@@ -256,7 +256,7 @@ _EXPRESSION = re.compile(
     r"|FloorDiv|ModularIndexing|PythonMod|GreaterThan|LessThan|\*(?!\*)|[ ()+,-])++"
 )
 _LONGEST_EXPRESSION = 10_000
-"""Characters; those of detectors have some hundreds."""
+"""Characters of one."""
 _END = 2**63 - 1
 """What slices write for "to the end"."""
 

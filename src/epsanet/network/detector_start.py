@@ -83,9 +83,9 @@ def _take_detector(detector: Detector, class_names: list[str], source: LoadedDet
         background = 0 if detector.config.architecture == "retinanet" else 1
         theirs = _by_class(given[name], len(source.class_names) + background, background)
         ours = _by_class(own[name].clone(), len(class_names) + background, background)
-        places = [*zip(range(background), range(background), strict=True)]
-        for place, other in [*places, *((one + background, other + background) for one, other in known)]:
-            ours[place] = theirs[other]
+        ours[:background] = theirs[:background]
+        for place, other in known:
+            ours[place + background] = theirs[other + background]
         found[name] = ours if background else ours.transpose(0, 1)
         found[name] = found[name].reshape(own[name].shape)
     detector.network.load_state_dict({**own, **found})
