@@ -68,6 +68,14 @@ def stop_after(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT
     patch.setattr(Classifier, "training_step", training_step)
 
 
+def begin_and_stop(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> None:
+    """A run that is stopped in its second epoch."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(TrainingInterrupted):
+            train(config)
+
+
 @pytest.mark.parametrize(
     ("step", "number", "saved"),
     [(7, signal.SIGINT, 8), (0, signal.SIGTERM, 1), (9, signal.SIGINT, 10), (14, signal.SIGTERM, 15)],
@@ -109,10 +117,7 @@ def test_a_run_that_goes_on_with_fewer_or_more_epochs_has_their_schedule(
     epochs: int, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(TrainingInterrupted):
-            train(small(run, schedule__epochs=4))
+    begin_and_stop(monkeypatch, small(run, schedule__epochs=4))
     train(small(run, schedule__epochs=epochs), resume=run)
 
     def cosine(step: int, epochs: int) -> float:
@@ -168,10 +173,7 @@ def test_the_first_step_has_the_rate_that_the_flags_ask_for(
     changes: dict[str, Any], small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(TrainingInterrupted):
-            train(small(run, schedule__epochs=4))
+    begin_and_stop(monkeypatch, small(run, schedule__epochs=4))
     original, rates = Classifier.training_step, []
 
     def training_step(self: Classifier, batch: Any, index: int) -> torch.Tensor:
@@ -330,10 +332,7 @@ def test_the_best_score_outlives_the_stop(
 ) -> None:
     run = tmp_path / "run"
     preset([90.0])
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(TrainingInterrupted):
-            train(small(run))
+    begin_and_stop(monkeypatch, small(run))
     preset([50.0, 60.0, 0.0])
     train(resume=run)
     assert [row["val_top1"] for row in metrics(run)] == [90, 50, 60]
@@ -347,10 +346,7 @@ def test_without_the_best_checkpoint_the_best_of_the_epochs_to_come_is_kept(
 ) -> None:
     run = tmp_path / "run"
     preset([90.0])
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(TrainingInterrupted):
-            train(small(run))
+    begin_and_stop(monkeypatch, small(run))
     (run / "checkpoints" / "best.ckpt").unlink()
     preset([60.0, 50.0, 0.0])
     train(resume=run)
@@ -384,10 +380,7 @@ def test_the_best_score_goes_along_when_a_run_folder_is_moved(
 ) -> None:
     run, moved = tmp_path / "run", tmp_path / "elsewhere" / "run"
     preset([90.0])
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(TrainingInterrupted):
-            train(small(run))
+    begin_and_stop(monkeypatch, small(run))
     moved.parent.mkdir()
     run.rename(moved)
     preset([50.0, 60.0, 0.0])
