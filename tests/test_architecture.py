@@ -64,7 +64,7 @@ def offence(module: str, target: str) -> str:
         return f"{module} imports the front door {target}; import from where the name lives"
     for part in (source, goal):
         if part not in FLOORS:
-            return f"{part} has no floor; give it one in DESIGN and here"
+            return f"{part} has no floor; give it one in CONTRIBUTING.md and here"
     if FLOORS[goal] > FLOORS[source]:
         return f"{module} (floor {FLOORS[source]}) imports upwards: {target} (floor {FLOORS[goal]})"
     if FLOORS[goal] == FLOORS[source] and (source, goal) not in MAY_MEET:

@@ -123,8 +123,8 @@ def _report(folder: str, reference: str | None, format: Literal["text", "csv", "
     from epsanet.tasks.console import console
 
     report = write_report(folder, reference)
-    for table in report.tables:
-        console.print(printed(table, format), end="")
+    between = "\n" if format == "csv" else ""  # the other forms end with it
+    console.print(between.join(printed(table, format) for table in report.tables), end="")
     if format == "text":
         console.print("\n".join((*report.notes, f"report: {report.folder}")))
     return 0

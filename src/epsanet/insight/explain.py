@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from epsanet._optional import require
 from epsanet.data.config import DataConfig
-from epsanet.data.images import ImageError, read_image
+from epsanet.data.images import ImageError, printable, read_image
 from epsanet.data.loaders import asked_for, evaluation_loader, evaluation_transform
 from epsanet.data.sources import open_split
 from epsanet.insight.figures import save_explanation, save_preferences, write_preferences
@@ -54,8 +56,7 @@ def _opened(model: str | Path | LoadedModel) -> LoadedModel:
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     if isinstance(loaded.model, RuntimeNetwork):
         raise ValueError("an exported bundle hides its layers; give the model folder that it was made from")
-    loaded.model.cpu().eval()
-    return loaded
+    return replace(loaded, model=copy.deepcopy(loaded.model).cpu().eval())  # the caller's stays where it is
 
 
 def explain(
@@ -89,7 +90,7 @@ def _explanations(loaded: LoadedModel, paths: list[str], topk: int, layer: str) 
         try:
             x: Tensor = transform(read_image(Path(path)))[None]
         except ImageError as error:
-            yield Explanation(image=path, error=str(error))
+            yield Explanation(image=printable(path), error=str(error))
             continue
         try:
             scales = record_scales(loaded.model, x)
@@ -98,7 +99,7 @@ def _explanations(loaded: LoadedModel, paths: list[str], topk: int, layer: str) 
         with torch.inference_mode():
             best = loaded.model(x).float().softmax(1)[0].topk(topk)
         yield Explanation(
-            image=path,
+            image=printable(path),
             classes=tuple(loaded.class_names[index] for index in best.indices.tolist()),
             probabilities=tuple(best.values.tolist()),
             picture=np.clip(x[0].numpy().transpose(1, 2, 0) * std + mean, 0, 1),
@@ -111,22 +112,25 @@ def _explanations(loaded: LoadedModel, paths: list[str], topk: int, layer: str) 
 def save_explanations(folder: str | Path, explanations: Iterable[Explanation]) -> Iterator[tuple[Explanation, Path]]:
     """Draw explanations as they come, a PNG each, named after the image; names that repeat get a number.
 
+    Names that differ in their case only repeat too, as they do on many file systems. ``scales`` is taken:
+    ``explain_data`` writes that picture.
+
     Args:
         folder: made when it is not there.
         explanations: without errors; those with one are passed on with the folder as path.
     """
     folder = Path(folder)
-    used: set[str] = set()
+    used = {"scales"}
     for found in explanations:
         if found.picture is None or found.cam is None:
             yield found, folder
             continue
         stem = name = re.sub(r"[^\w.-]", "_", Path(found.image).stem) or "image"
         number = 1
-        while name in used:
+        while (key := unicodedata.normalize("NFC", name).casefold()) in used:
             number += 1
             name = f"{stem}-{number}"
-        used.add(name)
+        used.add(key)
         path = folder / f"{name}.png"
         save_explanation(
             path, found.picture, found.cam, found.classes, found.probabilities, found.scales, 0, found.layer

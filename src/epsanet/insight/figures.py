@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from epsanet._files import atomic_file
-from epsanet.insight.scales import ModuleScales, ScalePreference
+from epsanet.insight.scales import ModuleScales, ScalePreference, same_scales
 
 __all__ = ["cam_overlay", "save_explanation", "save_preferences", "share_norm", "write_preferences"]
 
@@ -100,13 +100,13 @@ def save_explanation(
     cam_axes.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     overlay = cam_axes.imshow(cam, cmap="inferno", alpha=_OPACITY, vmin=0, vmax=1)
     figure.colorbar(overlay, ax=cam_axes, fraction=0.05, label="evidence, largest = 1")
-    cam_axes.set_title(f"where it sees {_short(names[0])} (Grad-CAM, {layer})", fontsize=9)
+    cam_axes.set_title(f"where it sees {_short(names[0])} (Grad-CAM, {layer})", fontsize=9, parse_math=False)
     for axes in (image_axes, cam_axes):
         axes.set_axis_off()
     colors = ["tab:orange", *["tab:blue"] * (len(names) - 1)]
     places = range(len(names))  # names that are shortened may be the same
     bars = bar_axes.barh(places, probabilities, color=colors)
-    bar_axes.set_yticks(places, [_short(name) for name in names])
+    bar_axes.set_yticks(places, [_short(name) for name in names], parse_math=False)
     bar_axes.bar_label(bars, [f"{value:.1%}" for value in probabilities], padding=3, fontsize=8)
     bar_axes.invert_yaxis()
     bar_axes.set(xlim=(0, 1.15), xticks=[0, 0.5, 1], xlabel="probability")
@@ -117,6 +117,8 @@ def save_explanation(
 
 
 def _draw_scales(figure: Any, modules: Sequence[ModuleScales], position: int) -> None:
+    count, modules = len(modules), same_scales(modules)
+    of_how_many = "each block listens" if len(modules) == count else f"{len(modules)} of {count} blocks listen"
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.1])
     attention, contribution = left.subplots(1, 2, sharey=True)
     one = slice(position, position + 1)
@@ -124,7 +126,7 @@ def _draw_scales(figure: Any, modules: Sequence[ModuleScales], position: int) ->
     _share_heat_map(
         contribution, np.concatenate([m.contribution_NS[one] for m in modules]), modules, "share of the output's energy"
     )
-    left.suptitle("which scale each block listens to (white: all alike)", fontsize=9)
+    left.suptitle(f"which scale {of_how_many} to (white: all alike)", fontsize=9)
     _strength_maps(right, modules, position)
 
 
@@ -181,9 +183,9 @@ def save_preferences(path: Path, preferences: Sequence[ScalePreference], title: 
     for column, block in enumerate(shown):
         for row, measure in enumerate(("attention", "contribution")):
             axes = grid[row, column]
-            sizes = list(dict.fromkeys(p.kernel_size for p in preferences if p.block == block))
-            for place, size in enumerate(sizes):
-                found = {p.group: getattr(p, measure) for p in preferences if (p.block, p.kernel_size) == (block, size)}
+            sizes = {p.scale: p.kernel_size for p in preferences if p.block == block}
+            for place, size in sizes.items():
+                found = {p.group: getattr(p, measure) for p in preferences if (p.block, p.scale) == (block, place)}
                 mean, low, high = np.array([found[group] for group in groups]).T
                 x = np.arange(len(groups)) + 0.08 * (place - (len(sizes) - 1) / 2)
                 axes.errorbar(x, mean, (mean - low, high - mean), marker="o", ms=3, lw=1, label=f"{size}×{size}")
@@ -195,9 +197,15 @@ def save_preferences(path: Path, preferences: Sequence[ScalePreference], title: 
             if row == 0:
                 axes.set_title(block.removesuffix(".conv2"), fontsize=9)
             else:
-                axes.set_xticks(range(len(groups)), groups, rotation=90 if len(groups) > 8 else 30, fontsize=7)
+                axes.set_xticks(
+                    range(len(groups)),
+                    [_short(group) for group in groups],
+                    rotation=90 if len(groups) > 8 else 30,
+                    fontsize=7,
+                    parse_math=False,
+                )
     grid[0, 0].set_ylabel("share of the attention")
     grid[1, 0].set_ylabel("share of the output's energy")
     grid[0, -1].legend(title="kernel", fontsize=7, title_fontsize=7)
-    figure.suptitle(f"{title}: mean and 95 % interval; dotted: all alike", fontsize=10)
+    figure.suptitle(f"{title}: mean and 95 % interval; dotted: all alike", fontsize=10, parse_math=False)
     _save(figure, path)

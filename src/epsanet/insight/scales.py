@@ -12,6 +12,7 @@ then tell scales apart.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from epsanet.network.psa import PSA
 
-__all__ = ["ModuleScales", "ScalePreference", "record_scales", "scale_preferences"]
+__all__ = ["ModuleScales", "ScalePreference", "record_scales", "same_scales", "scale_preferences"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +108,27 @@ def record_scales(model: nn.Module, images: Tensor) -> list[ModuleScales]:
     return found
 
 
+def same_scales(modules: Sequence[ModuleScales]) -> list[ModuleScales]:
+    """The modules with the kernel sizes that most of them have: only they share the columns of a table.
+
+    In PyConvResNet, for one, deeper stages have fewer kernels.
+    """
+    ((sizes, _),) = Counter(module.kernel_sizes for module in modules).most_common(1)
+    return [module for module in modules if module.kernel_sizes == sizes]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScalePreference:
     """How much one scale counts in one module, over the images of one class."""
 
     block: str
     """Name of the PSA module."""
+    scale: int
+    """Place of the scale among the module's, from 0."""
     kernel_size: int
-    """Of the scale."""
+    """Of the scale; several scales may have the same."""
     group: str
-    """Class of the images; ``all`` for all of them."""
+    """Class of the images; ``all`` for all of them, and ``class all`` for a class of that name."""
     images: int
     """Averaged over."""
     attention: tuple[float, float, float]
@@ -128,6 +140,7 @@ class ScalePreference:
         """For a table."""
         row: dict[str, Any] = {
             "block": self.block,
+            "scale": self.scale,
             "kernel_size": self.kernel_size,
             "class": self.group,
             "images": self.images,
@@ -178,7 +191,9 @@ def scale_preferences(
         raise ValueError("there are no images to look at")
     label_N = np.concatenate(labels)
     groups = {"all": np.ones(len(label_N), bool)}
-    groups |= {name: label_N == place for place, name in enumerate(class_names) if (label_N == place).any()}
+    for place, name in enumerate(class_names):
+        if (label_N == place).any():
+            groups["class all" if name == "all" else name] = label_N == place
     result = []
     for group, chosen in groups.items():
         for block, sizes in kernel_sizes.items():
@@ -188,6 +203,7 @@ def scale_preferences(
                 result.append(
                     ScalePreference(
                         block=block,
+                        scale=place,
                         kernel_size=kernel_size,
                         group=group,
                         images=int(chosen.sum()),

@@ -31,6 +31,8 @@ def plan(study: StudyConfig, train: TrainConfig) -> list[Row]:
         raise ValueError("a study of classifiers starts from random weights; leave --init_from out")
     if train.devices * train.nodes > 1:
         raise ValueError("a run of a study is one process; leave --devices and --nodes out, and start a study a device")
+    if "num_classes" in train.model_args:
+        raise ValueError("the data set says how many classes there are; leave --model_args.num_classes out")
     resolve_device(train.device)
     if train.detector is not None:
         if train.data.source != DIGITS_DETECTION:

@@ -160,6 +160,7 @@ def _comparisons(rows: Sequence[_Network], networks: dict[str, _Network], refere
             scores = [[networks[name].runs[seed]["score"] for seed in seeds] for name in (one, other)]
             found.append((one, other, paired_difference(*scores)))
     adjusted = holm([difference.p for _, _, difference in found])
+    tests = sum(not math.isnan(p) for p in adjusted)
     cells = [
         (
             one,
@@ -178,8 +179,8 @@ def _comparisons(rows: Sequence[_Network], networks: dict[str, _Network], refere
         columns=("row", "less", "pairs", "mean", "95 % interval", "p", "p, Holm", "significant"),
         rows=cells,
         notes=(
-            f"Paired t-tests, two-sided; {counted(len(found), 'test')} corrected together by Holm; significant: below "
-            "0.05. Intervals are of one comparison each.",
+            f"Paired t-tests, two-sided; {counted(tests, 'test')} corrected together by Holm; significant: below 0.05. "
+            "Intervals are of one comparison each.",
         ),
     )
 

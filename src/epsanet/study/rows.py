@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from timm.models.resnet import ResNet
 
-from epsanet.network.psa import GROUPS, SPC, fit_groups
+from epsanet.network.psa import GROUPS, KERNEL_SIZES, PSA, SEWeight, fit_groups
 from epsanet.network.rivals import RIVALS
 from epsanet.network.weights import create_model
 from epsanet.study.config import CompareConfig, StudyConfig
@@ -113,7 +113,7 @@ def ablation_rows(
     """
     if not model.startswith("epsanet"):
         raise ValueError(f"--model {model} has no PSA modules; an ablation is of an EPSANet, such as epsanet14_tiny")
-    _check_settings(model)
+    _check_settings(model, model_args)
     rows = []
     for name in dict.fromkeys((ABLATION_REFERENCE, *(config.networks or ABLATION))):
         if name not in ABLATION:
@@ -124,16 +124,20 @@ def ablation_rows(
     return _matched(rows, config.match, num_classes, input_size)
 
 
-def _check_settings(model: str) -> None:
+def _check_settings(model: str, model_args: dict[str, Any]) -> None:
     """The rows say what differs from the paper's settings, so a variant with others cannot be their start."""
     with torch.device("meta"):
-        spc = [module for module in create_model(model).modules() if isinstance(module, SPC)][-1]
-    convs: list[Any] = list(spc.branches)
+        psa = [module for module in create_model(model, **model_args).modules() if isinstance(module, PSA)][-1]
+    convs: list[Any] = list(psa.spc.branches)
     published = fit_groups(GROUPS, convs[0].in_channels, sum(conv.out_channels for conv in convs))
-    if spc.mode != "multiplex" or tuple(conv.groups for conv in convs) != published:
+    found = (psa.spc.mode, psa.softmax, psa.fusion, type(psa.se), tuple(conv.kernel_size[0] for conv in convs))
+    if (
+        found != ("multiplex", "scales", "concat", SEWeight, KERNEL_SIZES)
+        or tuple(conv.groups for conv in convs) != published
+    ):
         raise ValueError(
-            f"--model {model} has PSA settings of its own; an ablation starts from the paper's, which epsanet50_small, "
-            "epsanet26_tiny and others have"
+            f"--model {model}, with its --model_args, has PSA settings of its own; an ablation starts from the paper's, "
+            "which epsanet50_small, epsanet26_tiny and others have"
         )
 
 
@@ -156,6 +160,8 @@ def _matched(
     rows: list[Row], match: Literal["none", "parameters", "macs"], num_classes: int, input_size: int
 ) -> list[Row]:
     if match == "none":
+        for row in rows:
+            _count(row, "parameters", num_classes, input_size)  # raises for arguments that cannot be
         return rows
     target = _count(rows[0], match, num_classes, input_size)
     return [rows[0], *(match_widths(row, target, match, num_classes, input_size) for row in rows[1:])]

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ OBJECT_SCALES = (0.5, 1.0, 1.5)
 """Sizes at which the objects of the evaluated images are shown."""
 _TIMED_BATCH, _TIMINGS = 64, 7
 _RECORDED_IMAGES = 512
+_RECORDED_AT_ONCE = 32
 
 
 def rescaled(x_NCHW: Tensor, scale: float) -> Tensor:
@@ -179,16 +181,22 @@ def _listening(network: nn.Module, loader: Any) -> dict[str, Any]:
     """
     if not any(isinstance(module, PSA) for module in network.modules()):
         return {}
-    images: list[Tensor] = []
+    shares: dict[tuple[str, str], list[np.ndarray]] = {}
+    left = _RECORDED_IMAGES
     for batch, _, _ in loader:
-        images.append(batch)
-        if sum(map(len, images)) >= _RECORDED_IMAGES:
+        for images in batch[:left].split(_RECORDED_AT_ONCE):
+            for module in record_scales(network, images):
+                for measure in ("attention", "contribution"):
+                    shares.setdefault((measure, module.name), []).append(getattr(module, f"{measure}_NS"))
+        left -= len(batch)
+        if left <= 0:
             break
-    modules = record_scales(network, torch.cat(images)[:_RECORDED_IMAGES])
     return {
-        f"{name}_spread": 100
-        * statistics.mean(float(getattr(module, f"{name}_NS").std(0).mean()) for module in modules)
-        for name in ("attention", "contribution")
+        f"{measure}_spread": 100
+        * statistics.mean(
+            float(np.concatenate(found).std(0).mean()) for (kind, _), found in shares.items() if kind == measure
+        )
+        for measure in ("attention", "contribution")
     }
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -122,12 +123,15 @@ def save_matrix(path: Path, counts: np.ndarray, names: Sequence[str], *, title: 
     picture = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     if len(names) <= _NAMED_CLASSES:
         turned = len(names) > 10 or max(map(len, names)) > 8
-        axes.set_xticks(range(len(names)), names, rotation=45 if turned else 0, ha="right" if turned else "center")
-        axes.set_yticks(range(len(names)), names)
+        places = range(len(names))
+        turn: dict[str, Any] = {"rotation": 45, "ha": "right"} if turned else {}
+        axes.set_xticks(places, names, parse_math=False, **turn)  # a class may be called "$5"
+        axes.set_yticks(places, names, parse_math=False)
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
-    axes.set(title=title, xlabel=columns, ylabel="true")
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel=columns, ylabel="true")
     figure.colorbar(picture, label="share of the true class", shrink=0.8)
     save_figure(figure, path)
 
@@ -163,10 +167,10 @@ def save_pictures(
     for place, (picture, text) in enumerate(zip(pictures, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.imshow(picture)
-        axes.set_title(text, fontsize=8)
+        axes.set_title(text, fontsize=8, parse_math=False)
         axes.set(xticks=[], yticks=[])  # the layout would make room for them, shown or not
         axes.set_axis_off()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     save_figure(figure, path)
 
 

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 
 from epsanet.data.images import ImageError
 from epsanet.insight.figures import cam_overlay, share_norm
-from epsanet.insight.scales import ModuleScales
+from epsanet.insight.scales import ModuleScales, same_scales
 from epsanet.web.models import ServedDetector, ServedModel
 from epsanet.web.uploads import MAX_BYTES, Room, check_upload
 
@@ -269,11 +269,13 @@ def _counted(classes: Sequence[str]) -> str:
 def _scale_tables(modules: Sequence[ModuleScales]) -> str:
     if not modules:
         return ""
+    count, modules = len(modules), same_scales(modules)
+    which = "each block listens" if len(modules) == count else f"{len(modules)} of {count} blocks listen"
     attention = np.concatenate([module.attention_NS for module in modules])
     energy = np.concatenate([module.contribution_NS for module in modules])
     return (
         '<div class="scales">'
-        + _scale_table("Which scale each block listens to", attention, modules)
+        + _scale_table(f"Which scale {which} to", attention, modules)
         + _scale_table("Share of the output’s energy", energy, modules)
         + "</div>"
     )

@@ -91,15 +91,10 @@ struct Call {
     const std::vector<float *> &weights;
 
     int seen(const Branch &branch) const { return branch.in_channels / branch.groups; }
-    // Calls visit(row and column of the input, place of the weight) for every weight that meets an output pixel.
-    template <class Visit> void each_tap(const Branch &branch, int out, int row, int column, int in, const Visit &visit) const {
-        for (int ky = 0; ky < branch.kernel; ++ky)
-            for (int kx = 0; kx < branch.kernel; ++kx) {
-                const int y = row * problem.stride + ky - branch.kernel / 2, at = column * problem.stride + kx - branch.kernel / 2;
-                if (y < 0 || y >= problem.height || at < 0 || at >= problem.width) continue;
-                visit(y, at, ((std::ptrdiff_t(out) * seen(branch) + in) * branch.kernel + ky) * branch.kernel + kx);
-            }
+    std::ptrdiff_t weight(const Branch &branch, int out, int in, int ky, int kx) const {
+        return ((std::ptrdiff_t(out) * seen(branch) + in) * branch.kernel + ky) * branch.kernel + kx;
     }
+    bool inside(int row, int column) const { return row >= 0 && row < problem.height && column >= 0 && column < problem.width; }
     int channel_of(const Branch &branch, int out, int in) const {
         return branch.in_offset + out / (branch.out_channels / branch.groups) * seen(branch) + in;
     }
@@ -117,10 +112,12 @@ struct Call {
     Plain forward(int b, int image, int row, int column, int out) const {
         const Branch &branch = problem.branches[b];
         Plain sum;
-        for (int in = 0; in < seen(branch); ++in)
-            each_tap(branch, out, row, column, in, [&](int y, int at, std::ptrdiff_t place) {
-                sum.add(input(image, y, at, channel_of(branch, out, in)) * weights[b][place]);
-            });
+        for (int ky = 0; ky < branch.kernel; ++ky)
+            for (int kx = 0; kx < branch.kernel; ++kx) {
+                const int y = row * problem.stride + ky - branch.kernel / 2, at = column * problem.stride + kx - branch.kernel / 2;
+                for (int in = 0; inside(y, at) && in < seen(branch); ++in)
+                    sum.add(input(image, y, at, channel_of(branch, out, in)) * weights[b][weight(branch, out, in, ky, kx)]);
+            }
         return sum;
     }
     Plain input_gradient(int image, int row, int column, int channel) const {
@@ -130,12 +127,14 @@ struct Call {
             for (int out = 0; out < branch.out_channels; ++out) {
                 const int in = channel - channel_of(branch, out, 0);
                 if (in < 0 || in >= seen(branch)) continue;
-                for (int y = 0; y < problem.out_height; ++y)
-                    for (int at = 0; at < problem.out_width; ++at)
-                        each_tap(branch, out, y, at, in, [&](int to_row, int to_column, std::ptrdiff_t place) {
-                            if (to_row == row && to_column == column)
-                                sum.add(result_gradient(image, y, at, branch.out_offset + out) * weights[b][place]);
-                        });
+                for (int ky = 0; ky < branch.kernel; ++ky)
+                    for (int kx = 0; kx < branch.kernel; ++kx) {
+                        const int y = row - ky + branch.kernel / 2, at = column - kx + branch.kernel / 2;  // times the stride
+                        if (y < 0 || y % problem.stride || y / problem.stride >= problem.out_height) continue;
+                        if (at < 0 || at % problem.stride || at / problem.stride >= problem.out_width) continue;
+                        sum.add(result_gradient(image, y / problem.stride, at / problem.stride, branch.out_offset + out) *
+                                weights[b][weight(branch, out, in, ky, kx)]);
+                    }
             }
         }
         return sum;
@@ -143,14 +142,15 @@ struct Call {
     Plain weight_gradient(int b, std::ptrdiff_t wanted) const {
         const Branch &branch = problem.branches[b];
         const int filter = branch.kernel * branch.kernel, in = int(wanted / filter) % seen(branch), out = int(wanted / filter) / seen(branch);
+        const int ky = int(wanted % filter) / branch.kernel, kx = int(wanted % filter) % branch.kernel;
         Plain sum;
         for (int image = 0; image < problem.batch; ++image)
             for (int y = 0; y < problem.out_height; ++y)
-                for (int at = 0; at < problem.out_width; ++at)
-                    each_tap(branch, out, y, at, in, [&](int row, int column, std::ptrdiff_t place) {
-                        if (place == wanted)
-                            sum.add(input(image, row, column, channel_of(branch, out, in)) * result_gradient(image, y, at, branch.out_offset + out));
-                    });
+                for (int at = 0; at < problem.out_width; ++at) {
+                    const int row = y * problem.stride + ky - branch.kernel / 2, column = at * problem.stride + kx - branch.kernel / 2;
+                    if (inside(row, column))
+                        sum.add(input(image, row, column, channel_of(branch, out, in)) * result_gradient(image, y, at, branch.out_offset + out));
+                }
         return sum;
     }
     // What `recalibrate` multiplies a channel of branch b with, from the sums over space.

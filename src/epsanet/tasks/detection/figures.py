@@ -203,8 +203,10 @@ def save_precision_recall(path: Path, evaluation: DetectionEvaluation, title: st
         if averages.curves:
             mean: Any = np.mean(list(averages.curves.values()), axis=0)
             axes.plot(recall, mean, color="black", linewidth=2.5, label=f"mean: {averages.ap50:.3f}")
-            axes.legend(fontsize=8, loc="lower left")
-        axes.set(title=f"{kind}, {title}", xlabel="recall", ylabel="precision at IoU 0.50", xlim=(0, 1), ylim=(0, 1.02))
+            for text in axes.legend(fontsize=8, loc="lower left").get_texts():
+                text.set_parse_math(False)
+        axes.set_title(f"{kind}, {title}", parse_math=False)
+        axes.set(xlabel="recall", ylabel="precision at IoU 0.50", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
     save_figure(figure, path)
 
