@@ -32,7 +32,7 @@ from epsanet._processes import cores
 from epsanet.data.check import look_at
 from epsanet.data.config import DataConfig
 from epsanet.data.detection import DetectionSamples, DetectionSplits, Objects, SplitReport
-from epsanet.data.images import IMAGE_SUFFIXES, ImageError, read_image
+from epsanet.data.images import IMAGE_SUFFIXES, read_image
 from epsanet.data.samples import match_classes, subfolders
 from epsanet.data.sources import TEST_NAMES, TRAIN_NAMES, VAL_NAMES, require
 
@@ -190,10 +190,7 @@ class CocoSamples(DetectionSamples):
         return self._annotations[self.images[position]["id"]]
 
     def read(self, position: int, epoch: int = 0, *, masks: bool = True) -> tuple[Image.Image, Objects]:  # noqa: ARG002
-        try:
-            image = read_image(self.path(position))
-        except ImageError as error:
-            raise ValueError(f"{self.name(position)}: {error}") from error
+        image = read_image(self.path(position))
         return image, self.objects(position, image.height, image.width, masks=masks)
 
     def objects(self, position: int, height: int, width: int, *, masks: bool) -> Objects:

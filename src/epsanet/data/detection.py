@@ -9,13 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
@@ -24,9 +24,12 @@ from epsanet._processes import world_size
 from epsanet.data.config import DataConfig
 from epsanet.data.loaders import (
     EpochOrder,
+    EvaluationLoader,
     EvaluationOrder,
+    SkippingDataset,
     TrainLoader,
     _leave_signals_to_the_main_process,
+    check_enough,
     seeded,
     worker_count,
 )
@@ -120,6 +123,9 @@ class DetectionSamples(ABC):
             position: of the image.
             epoch: only samples that are made on the fly differ from epoch to epoch.
             masks: whether masks are wanted.
+
+        Raises:
+            ImageError: when it cannot be read.
         """
 
     def image_id(self, position: int) -> int | str:
@@ -194,7 +200,7 @@ def train_augmentation(config: DataConfig, min_size: int, max_size: int) -> v2.C
     return v2.Compose(steps)
 
 
-class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor], int]]):
+class DetectionDataset(SkippingDataset):
     """Samples through an augmentation: image of shape ``3, H, W`` with values 0 to 1, target, position.
 
     A plain position reads that image as it is; a pair (epoch, position) augments it, and leaves crowd regions and what
@@ -204,22 +210,34 @@ class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor], int]]):
         samples: where images and objects come from.
         augmentation: of image and target.
         seed: of the augmentation.
+        on_bad_image: what to do when an image that passed the check cannot be read after all.
         masks: whether targets have masks.
     """
 
     def __init__(
-        self, samples: DetectionSamples, augmentation: v2.Compose | None = None, seed: int = 0, *, masks: bool = False
+        self,
+        samples: DetectionSamples,
+        augmentation: v2.Compose | None = None,
+        seed: int = 0,
+        on_bad_image: Literal["skip", "raise"] = "raise",
+        *,
+        masks: bool = False,
     ) -> None:
-        self.samples, self.augmentation, self.seed, self.masks = samples, augmentation, seed, masks
+        super().__init__(samples, on_bad_image)
+        self.augmentation, self.seed, self.masks = augmentation, seed, masks
         steps = augmentation.transforms if augmentation is not None else ()
         self._crops = any(isinstance(step, _JitterScale) for step in steps)
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, Tensor], int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor | str, dict[str, Tensor], int]:
         epoch, position = key if isinstance(key, tuple) else (0, key)
-        pixels, objects = self.samples.read(position, epoch, masks=self.masks)
+        read = partial(self.samples.read, epoch=epoch, masks=self.masks)
+        if isinstance(key, tuple):
+            found, position = self._read_or_next(position, read)
+        else:
+            found = self._read(position, read)
+            if isinstance(found, str):
+                return found, {}, position
+        pixels, objects = found
         image = tv_tensors.Image(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
         target = objects.as_target()
         if isinstance(key, tuple):
@@ -289,7 +307,7 @@ def detection_train_loader(
         raise ValueError(f"{config.source} has {len(samples)} images to train on for {world_size()} processes")
     workers = worker_count(config)
     return TrainLoader(
-        DetectionDataset(samples, augmentation, seed, masks=masks),
+        DetectionDataset(samples, augmentation, seed, config.on_bad_image, masks=masks),
         batch_sampler=EpochOrder(len(samples), config.batch_size, seed),
         collate_fn=collate,
         num_workers=workers,
@@ -300,18 +318,22 @@ def detection_train_loader(
     )
 
 
-def detection_evaluation_loader(samples: DetectionSamples, config: DataConfig, *, masks: bool) -> DataLoader[Any]:
-    """Batches ``images, targets, positions``, each image once in one of the processes, in order.
+def detection_evaluation_loader(samples: DetectionSamples, config: DataConfig, *, masks: bool) -> EvaluationLoader:
+    """Batches ``images, targets, positions``, each image that can be read once in one of the processes, in order.
 
     Args:
         samples: a split.
-        config: batch size and workers.
+        config: batch size, workers, and what to do with images that cannot be read.
         masks: whether targets have masks.
+
+    Raises:
+        ValueError: when there are more processes than images.
     """
-    return DataLoader(
-        DetectionDataset(samples, masks=masks),
-        batch_sampler=EvaluationOrder(len(samples), config.batch_size),
-        collate_fn=collate,
+    check_enough(samples, config)
+    return EvaluationLoader(
+        DetectionDataset(samples, on_bad_image=config.on_bad_image, masks=masks),
+        EvaluationOrder(len(samples), config.batch_size),
+        collate,
         num_workers=worker_count(config),
         worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),

@@ -13,8 +13,9 @@ import re
 import signal
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -35,9 +36,11 @@ __all__ = [
     "EvaluationLoader",
     "ImageDataset",
     "Loader",
+    "SkippingDataset",
     "StreamDataset",
     "TrainLoader",
     "asked_for",
+    "check_enough",
     "evaluation_loader",
     "evaluation_transform",
     "seeded",
@@ -137,7 +140,45 @@ def seeded(*key: int) -> Iterator[None]:
             torch.set_rng_state(before[2])
 
 
-class ImageDataset(Dataset[tuple[Tensor | str, int, int]]):
+class SkippingDataset(Dataset[Any]):
+    """Samples of which some may turn out damaged after all were checked.
+
+    Args:
+        samples: with a name each.
+        on_bad_image: what to do with one that cannot be read: skip it or raise. What is skipped is named; in training
+            the next one takes its place, in evaluation name and reason stand in its place.
+    """
+
+    def __init__(self, samples: Any, on_bad_image: Literal["skip", "raise"] = "raise") -> None:
+        self.samples, self.on_bad_image = samples, on_bad_image
+        self._named: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _read(self, position: int, read: Callable[[int], Any]) -> Any:
+        """What is at a position; or its name and why it cannot be read."""
+        try:
+            return read(position)
+        except (ImageError, OSError) as error:
+            message = f"{self.samples.name(position)}: {error}"
+            if self.on_bad_image == "raise":
+                raise ValueError(f"{message}; mend or remove it, or use --data.on_bad_image=skip") from error
+            return message
+
+    def _read_or_next(self, position: int, read: Callable[[int], Any]) -> tuple[Any, int]:
+        for _ in range(_SUBSTITUTES):
+            found = self._read(position, read)
+            if not isinstance(found, str):
+                return found, position
+            if position not in self._named:
+                self._named.add(position)
+                _logger.warning("%s; the next image takes its place", found)
+            position = (position + 1) % len(self.samples)
+        raise ValueError(f"{_SUBSTITUTES} images in a row cannot be read, the last {found}")
+
+
+class ImageDataset(SkippingDataset):
     """Samples through a transform: image of shape ``3, H, W``, label, position.
 
     A plain position reads that image; a tuple (epoch, position), or (epoch, position, copy) of repeated augmentation,
@@ -147,50 +188,27 @@ class ImageDataset(Dataset[tuple[Tensor | str, int, int]]):
         samples: where the images come from.
         transform: Pillow image to tensor.
         seed: of the augmentation.
-        on_bad_image: what to do when an image that passed the check cannot be read after all: skip it or raise. What
-            is skipped is named, and the next image takes its place where the augmentation is fixed, as in training;
-            at a plain position, name and reason stand in the place of the image.
+        on_bad_image: what to do when an image that passed the check cannot be read after all.
     """
 
     def __init__(
         self, samples: Samples, transform: Any, seed: int = 0, on_bad_image: Literal["skip", "raise"] = "raise"
     ) -> None:
-        self.samples, self.transform, self.seed, self.on_bad_image = samples, transform, seed, on_bad_image
-        self._named: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.samples)
+        super().__init__(samples, on_bad_image)
+        self.transform, self.seed = transform, seed
 
     def __getitem__(self, key: int | tuple[int, ...]) -> tuple[Tensor | str, int, int]:
         if not isinstance(key, tuple):
-            image = self._read(key)
+            image = self._read(key, self._image)
             shown = image if isinstance(image, str) else self.transform(image)
             return shown, int(self.samples.labels[key]), key
         epoch, position, *copy = key
-        image, position = self._read_or_next(position)
+        image, position = self._read_or_next(position, self._image)
         with seeded(self.seed, epoch, position, *copy):
             return self.transform(image), int(self.samples.labels[position]), position
 
-    def _read(self, position: int) -> Image.Image | str:
-        """An image; or its name and why it cannot be read."""
-        try:
-            return read_image(self.samples.open(position))
-        except (ImageError, OSError) as error:
-            message = f"{self.samples.name(position)}: {error}"
-            if self.on_bad_image == "raise":
-                raise ValueError(f"{message}; mend or remove it, or use --data.on_bad_image=skip") from error
-            return message
-
-    def _read_or_next(self, position: int) -> tuple[Image.Image, int]:
-        for _ in range(_SUBSTITUTES):
-            image = self._read(position)
-            if not isinstance(image, str):
-                return image, position
-            if position not in self._named:
-                self._named.add(position)
-                _logger.warning("%s; the next image takes its place", image)
-            position = (position + 1) % len(self.samples)
-        raise ValueError(f"{_SUBSTITUTES} images in a row cannot be read, the last {image}")
+    def _image(self, position: int) -> Image.Image:
+        return read_image(self.samples.open(position))
 
 
 class EpochOrder(Sampler[list[tuple[int, ...]]]):
@@ -296,6 +314,11 @@ class TrainLoader(Loader):
         """Say, before its first batch, which epoch the next iteration is."""
         self._epoch = epoch
 
+    @property
+    def parts(self) -> list[int] | None:
+        """Processes, and workers of each, that read a range of a stream; else the order does not depend on them."""
+        return [world_size(), self.num_workers] if isinstance(self.dataset, StreamDataset) else None
+
     def state_dict(self) -> dict[str, int]:
         """Epoch, and batches of it that were given out; a finished epoch counts as the start of the next."""
         if self._given >= len(self):
@@ -326,14 +349,21 @@ class EvaluationLoader(Loader):
     Args:
         dataset: gives name and reason in the place of an image that cannot be read.
         order: of its positions.
+        collate: makes a batch of the others.
         **options: of torch's loader.
 
     Raises:
         ValueError: when none of this process's images can be read, or none of many in a row.
     """
 
-    def __init__(self, dataset: ImageDataset, order: EvaluationOrder, **options: Any) -> None:
-        super().__init__(dataset, batch_sampler=order, collate_fn=_collate, **options)
+    def __init__(
+        self,
+        dataset: SkippingDataset,
+        order: EvaluationOrder,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, batch_sampler=order, collate_fn=partial(_collate, collate), **options)
         self._named: set[str] = set()  # here, because loader processes last for one pass only
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -354,10 +384,10 @@ class EvaluationLoader(Loader):
             raise ValueError(f"none of {in_a_row} images can be read, the last {bad[-1]}")
 
 
-def _collate(items: list[tuple[Tensor | str, int, int]]) -> tuple[list[Tensor] | None, list[str]]:
+def _collate(collate: Callable[[list[Any]], Any], items: list[Any]) -> tuple[Any, list[str]]:
     """A batch of the images that can be read, if there are any, and names and reasons of the others."""
     good = [item for item in items if not isinstance(item[0], str)]
-    return default_collate(good) if good else None, [item[0] for item in items if isinstance(item[0], str)]
+    return collate(good) if good else None, [item[0] for item in items if isinstance(item[0], str)]
 
 
 def worker_count(config: DataConfig) -> int:
@@ -516,6 +546,14 @@ def train_loader(
     return TrainLoader(ImageDataset(samples, transform, seed, config.on_bad_image), batch_sampler=order, **common)
 
 
+def check_enough(samples: Sized, config: DataConfig) -> None:
+    """Raise a ``ValueError`` when a process would have no image to look at."""
+    if len(samples) < world_size() > 1:
+        raise ValueError(
+            f"{config.source} has {len(samples)} images to look at for {world_size()} processes; start fewer"
+        )
+
+
 def evaluation_loader(
     samples: Samples | Stream, config: DataConfig, data_config: dict[str, Any], *, pin_memory: bool = False
 ) -> Loader:
@@ -530,10 +568,7 @@ def evaluation_loader(
     Raises:
         ValueError: when there are more processes than images.
     """
-    if len(samples) < world_size() > 1:
-        raise ValueError(
-            f"{config.source} has {len(samples)} images to look at for {world_size()} processes; start fewer"
-        )
+    check_enough(samples, config)
     transform = evaluation_transform(data_config)
     workers = worker_count(config)
     common: dict[str, Any] = {

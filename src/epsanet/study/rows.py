@@ -136,8 +136,8 @@ def _check_settings(model: str, model_args: dict[str, Any]) -> None:
         or tuple(conv.groups for conv in convs) != published
     ):
         raise ValueError(
-            f"--model {model}, with its --model_args, has PSA settings of its own; an ablation starts from the paper's, "
-            "which epsanet50_small, epsanet26_tiny and others have"
+            f"--model {model} has PSA settings of its own, or --model_args gives it some; an ablation starts from the "
+            "paper's, which epsanet50_small, epsanet26_tiny and others have"
         )
 
 

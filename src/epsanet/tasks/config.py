@@ -87,13 +87,18 @@ class ScheduleConfig:
     """Of step and multistep: factor of a reduction. Of poly: the power."""
     sched_args: dict[str, Any] | None = None
     """More arguments of timm's create_scheduler_v2, for example {decay_epochs: 0.3} of wsd or {cycle_limit: 3} of
-    cosine."""
+    cosine, whose cycles share ``epochs``."""
 
     def __post_init__(self) -> None:
         own = [name for name in self.__dataclass_fields__ if name != "decay_epochs" or self.sched == "step"]
         twice = next((name for name in self.sched_args or () if name in own), None)
         if twice is not None:
             raise ValueError(f"schedule.sched_args has {twice}, which has a flag of its own; use --schedule.{twice}")
+        longer = next((name for name in ("cooldown_epochs", "warmup_prefix") if name in (self.sched_args or {})), None)
+        if longer is not None:
+            raise ValueError(f"schedule.sched_args has {longer}, but schedule.epochs is the whole run; leave it out")
+        if self.decay_milestones != sorted(self.decay_milestones):
+            raise ValueError(f"schedule.decay_milestones={self.decay_milestones} must rise")
         if self.epochs < 1:
             raise ValueError(f"schedule.epochs={self.epochs} is impossible; use 1 or more")
         if not 0 <= self.warmup_epochs <= self.epochs:
@@ -102,6 +107,12 @@ class ScheduleConfig:
             )
         if self.sched == "step" and self.decay_epochs < 1:
             raise ValueError(f"schedule.decay_epochs={self.decay_epochs} is impossible; use 1 or more")
+
+    @property
+    def first_cycle(self) -> float:
+        """Epochs of the first cycle: all, where there is one. timm asks for them, and makes the run longer."""
+        given = self.sched_args or {}
+        return self.epochs / sum(given.get("cycle_mul", 1) ** place for place in range(given.get("cycle_limit", 1)))
 
 
 @dataclass(kw_only=True)

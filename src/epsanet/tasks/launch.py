@@ -65,11 +65,17 @@ def launch(device: torch.device, devices: int = 1, nodes: int = 1) -> Processes:
         nodes: machines; torchrun says it itself.
 
     Raises:
-        ValueError: when there are not so many devices here.
+        ValueError: when there are not so many devices here, or srun has started several processes that would all do
+            the same.
     """
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         devices, nodes = _as_torchrun_says(devices, nodes)
     if devices * nodes == 1:
+        if any(isinstance(one, SLURMEnvironment) for one in environment()):
+            raise ValueError(
+                "srun has started several processes, which would all do the same; say how many with --devices (of a "
+                "node) and --nodes, or let srun start one"
+            )
         return Processes(device=device)
     if device.type == "mps" or device.index is not None:
         raise ValueError(f"device {str(device)!r} is for one process; with several, use cpu or cuda")

@@ -172,6 +172,7 @@ class TaskModule(lightning.LightningModule):
         loader: Any = self.trainer.train_dataloader
         checkpoint["images_per_step"] = self.images_per_step
         checkpoint["train_images"] = len(loader.dataset.samples)
+        checkpoint["stream_parts"] = loader.parts
         checkpoint["class_names"] = list(self.class_names)
         checkpoint["settings"] = fixed_settings(self.config)
 
@@ -196,14 +197,18 @@ class TaskModule(lightning.LightningModule):
                 layer_decay=wanted.layer_decay,
                 **(wanted.opt_args or {}),
             )
-        except (ValueError, AssertionError, TypeError) as error:
+        except (ValueError, AssertionError, TypeError, ImportError) as error:
             given = f" with opt_args={wanted.opt_args}" if wanted.opt_args else ""
             raise ValueError(f"optimizer.opt={wanted.opt!r}{given} cannot be had from timm: {error}") from error
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError(
+                f"optimizer.opt={wanted.opt!r} needs second derivatives, which are not computed; use another"
+            )
         try:
             scheduler, _ = create_scheduler_v2(
                 optimizer,
                 sched=schedule.sched,
-                num_epochs=schedule.epochs,
+                num_epochs=schedule.first_cycle,
                 warmup_epochs=schedule.warmup_epochs,
                 warmup_lr=schedule.warmup_lr,
                 min_lr=schedule.min_lr,

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from epsanet.data.loaders import TrainLoader
 from epsanet.tasks.checkpoints import newest_sound, read, tidy
 from epsanet.tasks.config import TrainConfig, load_recipe
 from epsanet.tasks.console import messages
@@ -100,17 +101,18 @@ def as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
     return replace(config, data=replace(config.data, **left_out))
 
 
-def check_continuation(checkpoint: Path, module: TaskModule, train_images: int) -> None:
+def check_continuation(checkpoint: Path, module: TaskModule, loader: TrainLoader) -> None:
     """Make sure that what is to go on is the run that a checkpoint is of.
 
     Args:
         checkpoint: to go on from; what it does not note is not compared.
         module: what would be trained.
-        train_images: number of images to train on.
+        loader: of the images to train on.
 
     Raises:
         ValueError: when classes, the name or shape of a weight, or settings that a run keeps are others; when more
-            epochs are done than asked for; when an epoch would go on with another number of images.
+            epochs are done than asked for; when an epoch would go on with another number of images, or a stream's with
+            other workers or processes.
     """
     found, folder = read(checkpoint), checkpoint.parent.parent
     assert module.config is not None
@@ -132,11 +134,21 @@ def check_continuation(checkpoint: Path, module: TaskModule, train_images: int) 
         raise ValueError(
             f"{folder} has {done} epochs behind it, and schedule.epochs={epochs} is fewer; use {done} or more"
         )
-    was = found.get("train_images", train_images)
-    if was != train_images and found["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["batches"]:
+    if not found["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["batches"]:
+        return
+    images = len(loader.dataset.samples)  # type: ignore[attr-defined]
+    was = found.get("train_images", images)
+    if was != images:
         raise ValueError(
-            f"{folder} was stopped within an epoch of {was:,} training images, and here are {train_images:,}: their "
-            f"order would not go on; {_REMEDY}"
+            f"{folder} was stopped within an epoch of {was:,} training images, and here are {images:,}: their order "
+            f"would not go on; {_REMEDY}"
+        )
+    parts = found.get("stream_parts", loader.parts)
+    if parts is not None and parts != loader.parts:
+        processes, workers = parts
+        raise ValueError(
+            f"{folder} was stopped within an epoch of a stream that {processes} × {workers} workers read: use "
+            f"--data.workers {workers} and as many processes, or images would be repeated and left out"
         )
 
 

@@ -226,7 +226,7 @@ def _build(
             "learn; use --freeze_epochs 0 when the network comes from a ResNet"
         )
     data_config = _resolve_data_config(config, model)
-    Classifier(model, splits.class_names, config).configure_optimizers()
+    Classifier(model, splits.class_names, config, 1000).configure_optimizers()  # the true number is not known yet
     _build_transforms(config, data_config)
     if config.sync_batchnorm:
         if processes.device.type != "cuda":

@@ -88,9 +88,9 @@ def train(config: TrainConfig | None = None, *, resume: str | Path | None = None
             resume = "auto"
         folder, checkpoint = first(lambda: find_start(config, resume, processes))
         run = _prepare(config, processes, folder, resumed=checkpoint is not None)
-        if checkpoint is not None:
-            first(lambda: check_continuation(checkpoint, run.module(), len(run.splits.train)))
         loader = agree(lambda: _train_loader(run))
+        if checkpoint is not None:
+            first(lambda: check_continuation(checkpoint, run.module(), loader))
         announce(run, resumed=checkpoint is not None)
         agree(lambda: _write_start(run) if rank() == 0 else None)
         history = _fit(run, loader, checkpoint)

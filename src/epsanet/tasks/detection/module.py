@@ -73,7 +73,12 @@ class DetectorModule(TaskModule):
         self.score.update(self.model.detect(images), targets, positions)
         if self.config is not None:  # in training; the loss is of no use to who evaluates
             trained_on = [{key: value[target["iscrowd"] == 0] for key, value in target.items()} for target in targets]
-            with seeded(self.config.seed, int(positions[0])):  # which anchors and regions count is drawn
+            place, on_gpu = int(positions[0]), self.device.type == "cuda"
+            devices = [self.device] if on_gpu else []
+            # Which anchors and regions count is drawn, on the device.
+            with seeded(self.config.seed, place), torch.random.fork_rng(devices, enabled=on_gpu):
+                if on_gpu:
+                    torch.cuda.manual_seed(self.config.seed + place)
                 losses = self.model.losses(images, trained_on)
             self._val_losses.append((float(sum(losses.values())), len(images)))
 

@@ -177,6 +177,10 @@ def _refused(config: TrainConfig) -> TrainConfig:
     """The configuration, when there is nothing in it that only classifiers have."""
     if config.freeze_epochs:
         raise ValueError("freeze_epochs is for classifiers; --detector.frozen_stages keeps a part of the backbone")
+    if config.optimizer.layer_decay is not None:
+        raise ValueError(
+            "optimizer.layer_decay is for classifiers; --detector.frozen_stages keeps a part of the backbone"
+        )
     if config.data.mixes:
         raise ValueError("mixup and cutmix are for classifiers; leave them out")
     if config.data.aug_repeats > 1:
@@ -232,6 +236,12 @@ def _build(config: TrainConfig, splits: DetectionSplits, *, resumed: bool) -> tu
         source = load_detector(config.init_from) if is_detector(config.init_from) else load_model(config.init_from)
     config, detector = _filled_in(config, source), config.detector
     assert detector is not None
+    given = source is not None or resumed or bool({"pretrained", "checkpoint_path"} & config.model_args.keys())
+    if not given and (detector.frozen_stages >= 0 or detector.norm_eval):
+        raise ValueError(
+            "the detector would keep random weights; name trained ones with --init_from, or train all with "
+            "--detector.frozen_stages=-1 --detector.norm_eval=false"
+        )
     lightning.seed_everything(config.seed, verbose=False)
     model = create_detector(config.model, len(splits.class_names), detector, backbone_args=config.model_args)
     _try_backbone(model)
@@ -243,7 +253,8 @@ def _build(config: TrainConfig, splits: DetectionSplits, *, resumed: bool) -> tu
         config,
         data=dataclasses.replace(config.data, mean=tuple(transform.image_mean), std=tuple(transform.image_std)),
     )
-    DetectorModule(model, splits.class_names, config, masks=detector.has_masks).configure_optimizers()
+    # The true number of steps is not known yet.
+    DetectorModule(model, splits.class_names, config, 1000, masks=detector.has_masks).configure_optimizers()
     return config, model, start
 
 
