@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from epsanet.data import digits_scenes
+from epsanet.data import digits_scenes, loaders
 from epsanet.data.config import DataConfig
 from epsanet.data.detection import (
     DetectionDataset,
@@ -20,6 +20,7 @@ from epsanet.data.detection import (
     train_augmentation,
 )
 from epsanet.data.digits_scenes import DigitsScenes, open_digits_scenes
+from epsanet.data.images import ImageError
 
 
 class Bars(DetectionSamples):
@@ -147,6 +148,43 @@ def test_batches_are_a_function_of_seed_and_epoch_and_evaluation_takes_each_imag
     assert not all(torch.equal(one, other) for one, other in zip(first[0][0], next_epoch[0][0], strict=True))
     positions = [place for batch in detection_evaluation_loader(Bars(), config, masks=False) for place in batch[2]]
     assert positions == list(range(5))
+
+
+class Spoilt(Bars):
+    """Sound when they were checked."""
+
+    def read(self, position: int, epoch: int = 0, *, masks: bool = True) -> tuple[Image.Image, Objects]:
+        if position in (1, 4):
+            raise ImageError("damaged: 3 bytes")
+        return super().read(position, epoch, masks=masks)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_damaged_since_the_check_are_named_replaced_in_training_and_left_out_in_evaluation(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DataConfig(batch_size=2, workers=workers)
+    for _ in range(2):
+        batches = list(detection_evaluation_loader(Spoilt(), config, masks=False))
+        assert [positions.tolist() for _, _, positions in batches] == [[0], [2, 3]]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"skipped bars[{position}]: damaged: 3 bytes" for position in (1, 4) * 2
+    ]
+    dataset = DetectionDataset(Spoilt(), train_augmentation(config, 60, 80), on_bad_image="skip")
+    for wanted, instead in ((1, 2), (4, 0)):
+        image, target, position = dataset[0, wanted]
+        assert position == instead
+        assert torch.equal(image, dataset[0, instead][0])
+        assert torch.equal(target["boxes"], dataset[0, instead][1]["boxes"])
+    strict = DataConfig(batch_size=2, workers=workers, on_bad_image="raise")
+    with pytest.raises(ValueError, match=r"^bars\[1\]: damaged: 3 bytes; mend or remove it, or use --data.on_bad_im"):
+        list(detection_evaluation_loader(Spoilt(), strict, masks=False))
+
+
+def test_more_processes_than_images_cannot_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "world_size", lambda: 6)
+    with pytest.raises(ValueError, match="has 5 images to look at for 6 processes; start fewer"):
+        detection_evaluation_loader(Bars(), DataConfig(workers=0), masks=False)
 
 
 # Digit scenes

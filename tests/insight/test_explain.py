@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from epsanet import cli, kernels
+from epsanet.data.images import read_image
+from epsanet.data.loaders import evaluation_transform
 from epsanet.insight.explain import explain
 from epsanet.insight.saliency import cam_layer, grad_cam
+from epsanet.insight.scales import record_scales
 from epsanet.network.weights import load_model, save_model
 
 
@@ -142,11 +146,39 @@ def test_the_command_draws_a_figure_an_image_and_goes_on_after_a_damaged_one(
     assert "1 of 3 images could not be read" in said.err
     drawn = sorted((tmp_path / "out").iterdir())
     assert [path.name for path in drawn] == ["000-2.png", "000.png"]
-    first, second = (np.asarray(Image.open(path).convert("RGB")) for path in drawn)
-    assert first.shape == second.shape
     left = np.s_[20:400, 60:370]  # where each figure shows its image
-    assert np.abs(first[left].mean((0, 1)) - second[left].mean((0, 1))).max() > 20
+    means = {name: np.asarray(Image.open(pictures / name / "000.png")).mean((0, 1)) for name in ("small", "large")}
+    for path, name in zip(drawn, ("large", "small"), strict=True):
+        shown = np.asarray(Image.open(path).convert("RGB"))[left].mean((0, 1))
+        assert min(means, key=lambda one: np.abs(means[one] - shown).max()) == name  # noqa: B023
     assert cli.main(["explain", str(folder), str(damaged), "-o", str(tmp_path / "none")]) == 2
+
+
+def test_networks_of_several_pyramids_and_names_that_meet_are_explained(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyConvResNet has four kernels, then three, then two; ``img`` and ``IMG`` are one name on many file systems."""
+    model = timm.create_model("pyconvresnet26_tiny", num_classes=3)
+    save_model(tmp_path / "model", model, ["$5_$10", "bee", "cow"], {"input_size": (3, 32, 32)})
+    images = [tmp_path / name for name in ("a/IMG.png", "b/img.png", "c/scales.png")]
+    for path in images:
+        path.parent.mkdir()
+        path.write_bytes((pictures / "small" / "000.png").read_bytes())
+    damaged = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+    Path(damaged).write_text("words")
+    words = ["explain", str(tmp_path / "model"), *map(str, images), damaged, "-o", str(tmp_path / "out")]
+    assert cli.main([*words, "--topk", "3"]) == 0
+    assert r"\xff.png: not an image" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["IMG.png", "img-2.png", "scales-2.png"]
+
+
+def test_a_loaded_network_stays_as_it_is(folder: Path, pictures: Path) -> None:
+    loaded = load_model(folder)
+    loaded.model.train()
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    assert len(list(explain(loaded, [pictures / "small" / "000.png"]))) == 1
+    assert loaded.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
 
 
 def test_the_command_tells_the_preferences_of_a_data_set(folder: Path, pictures: Path, tmp_path: Path) -> None:
@@ -164,11 +196,14 @@ def test_the_command_tells_the_preferences_of_a_data_set(folder: Path, pictures:
 
 def test_preferences_are_those_of_the_size_that_is_asked_for(folder: Path, pictures: Path, tmp_path: Path) -> None:
     flags = ["explain", str(folder), "--data", str(pictures), "--data.workers", "0"]
-    found = {}
-    for size in ("16", "24"):
-        assert cli.main([*flags, "-o", str(tmp_path / size), "--data.input_size", size]) == 0
-        found[size] = (tmp_path / size / "scales.csv").read_text(encoding="utf-8")
-    assert found["16"] != found["24"]
+    loaded = load_model(folder)
+    transform = evaluation_transform({**loaded.data_config, "input_size": (3, 16, 16)})
+    x = torch.stack([transform(read_image(path)) for path in sorted(pictures.rglob("*.png"))])
+    wanted = record_scales(loaded.model, x)[1].attention_NS.mean(0)
+    assert cli.main([*flags, "-o", str(tmp_path), "--data.input_size", "16"]) == 0
+    with (tmp_path / "scales.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if (row["class"], row["block"]) == ("all", "layer2.0.conv2")]
+    assert [float(row["attention"]) for row in rows] == pytest.approx(wanted.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

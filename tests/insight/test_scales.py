@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from network.longhand import attention, se_weight, spc
 from torch import Tensor, nn
 
 from epsanet import PSA, kernels
+from epsanet.insight import figures
 from epsanet.insight.scales import record_scales, scale_preferences
 
 GROUPS = (1, 2, 4, 8)
@@ -105,6 +108,29 @@ def test_preferences_are_means_over_the_images_of_a_class_with_students_interval
                 values = shares[chosen.numpy(), place]
                 low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
                 assert getattr(preference, measure) == pytest.approx((values.mean(), low, high), rel=1e-4)
+
+
+def test_equal_kernels_are_scales_of_their_own_and_a_class_called_all_is_not_all_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, images = nn.Sequential(PSA(32, kernel_sizes=(3, 5, 7, 7), groups=GROUPS)), torch.randn(3, 32, 6, 5)
+    found = scale_preferences(model, [(images, torch.tensor([0, 0, 1]))], ["all", "$5_$10"])
+    shares = record_scales(model, images)[0].attention_NS
+    for group, chosen in (("all", [0, 1, 2]), ("class all", [0, 1]), ("$5_$10", [2])):
+        of_group = [p for p in found if p.group == group]
+        assert [(p.scale, p.kernel_size, p.images) for p in of_group] == [
+            (place, size, len(chosen)) for place, size in enumerate((3, 5, 7, 7))
+        ]
+        assert [p.attention[0] for p in of_group] == pytest.approx(shares[chosen].mean(0).tolist(), rel=1e-5)
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))  # noqa: ARG005
+    figures.save_preferences(Path("scales.png"), found, "a$ on b$_")
+    drawn[0].draw_without_rendering()  # what looks like a formula and is none would raise
+    attention = drawn[0].axes[0]
+    means = [container.lines[0].get_ydata().tolist() for container in attention.containers]
+    wanted = [[shares[[0, 1], place].mean(), shares[2, place]] for place in range(4)]
+    assert [pytest.approx(mean, rel=1e-5) for mean in means] == wanted
+    assert attention.lines[-1].get_ydata() == [0.25, 0.25], "all alike"
 
 
 def test_no_images_are_an_error() -> None:

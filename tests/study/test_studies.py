@@ -136,6 +136,15 @@ def test_every_setting_of_the_ablation_changes_the_modules_as_it_says() -> None:
         (["ablation", "--output", "x", "--model", "resnet18"], "--model resnet18 has no PSA modules"),
         (["ablation", "--output", "x", "--model", "epsanet50_large"], "epsanet50_large has PSA settings of its own"),
         (["ablation", "--output", "x", "--model", "epsanet50_large_g32"], "has PSA settings of its own"),
+        (
+            ["ablation", "--output", "x", "--model_args.block_args", "{softmax: channels}"],
+            "epsanet14_tiny has PSA settings of its own, or --model_args gives it some",
+        ),
+        (["compare", "--output", "x", "--model_args.num_classes", "7"], "leave --model_args.num_classes out"),
+        (
+            ["compare", "--match", "none", "--networks", "[resnet]", "--output", "x", "--model_args.layerz", "[1]"],
+            "layerz",
+        ),
         (["compare", "--output", "x", "--model", "resnet18"], "takes its networks from --networks"),
         (["compare", "--output", "x", "--seeds", "0"], "seeds=0 is impossible; use 1 or more"),
         (

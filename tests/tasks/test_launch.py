@@ -91,3 +91,7 @@ def test_a_slurm_job_without_srun_is_a_machine_like_any_other(
     (found,) = environment()
     assert isinstance(found, SLURMEnvironment)
     assert not found.auto_requeue
+    with pytest.raises(
+        ValueError, match=r"srun has started several processes, which would all do the same; .*--devices"
+    ):
+        evaluate("epsanet14_tiny.digits", config, device="cpu")

@@ -20,6 +20,7 @@ import lightning
 import pytest
 import torch
 import yaml
+from making import parquet
 from safetensors.torch import load_file
 from tasks_reading import same_state
 from test_train import checkpoint, metrics
@@ -251,6 +252,26 @@ def test_an_epoch_does_not_go_on_with_another_number_of_images_but_the_next_begi
     finished = finished_copy(trained, tmp_path / "finished")
     train(small(finished, data__source=str(data), schedule__epochs=4), resume=finished)
     assert [row["step"] for row in metrics(finished)] == [5, 10, 15, 20]
+
+
+def test_a_stream_goes_on_within_an_epoch_with_as_many_workers_only(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reads a range of its own; others would repeat images and leave others out."""
+    for split, count in {"train": 18, "validation": 5}.items():
+        labels: list[object] = [n % 2 for n in range(count)]
+        parquet(tmp_path / "data" / f"{split}.parquet", labels, names=["even", "odd"], row_group_size=4)
+    options = {"source": str(tmp_path / "data"), "root": str(tmp_path / "cache"), "streaming": True, "batch_size": 4}
+    changes = {f"data__{name}": value for name, value in options.items()} | {"schedule__epochs": 1}
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(TrainingInterrupted):
+            train(small(run, **changes))
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"a stream that 1 × 0 workers read: use --data\.workers 0 and as many"):
+        train(small(run, **changes, data__workers=2), resume=run)
+    assert contents(run) == before
 
 
 def test_a_checkpoint_that_notes_only_the_optimiser_goes_on(trained: Any, small: Small, tmp_path: Path) -> None:

@@ -471,6 +471,7 @@ def test_raise_stops_at_a_damaged_image_before_anything_is_written(small: Small,
         ({"sync_batchnorm": True}, "sync_batchnorm=true is for GPUs; torch has none on cpu"),
         ({"optimizer__opt": "sdg"}, r"optimizer\.opt='sdg'"),
         ({"optimizer__opt_args": {"beta": 1}}, r"opt='sgd' with opt_args=\{'beta': 1\} cannot .* unexpected .* 'beta'"),
+        ({"optimizer__opt": "adahessian"}, r"optimizer\.opt='adahessian' needs second derivatives"),
         ({"schedule__sched": "cosinus"}, r"schedule\.sched='cosinus' cannot be had from timm: Unknown"),
         ({"schedule__sched": "plateau"}, r"schedule\.sched='plateau' cannot be had from timm: .* step per epoch"),
         ({"schedule__sched": "none"}, r"schedule\.sched='none' is no schedule; use constant"),
@@ -495,8 +496,12 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
     ("schedule", "expected"),
     [
         (
-            ScheduleConfig(epochs=2, sched_args={"cycle_limit": 2, "cycle_decay": 0.5}),
+            ScheduleConfig(epochs=4, sched_args={"cycle_limit": 2, "cycle_decay": 0.5}),
             lambda step: 0.5 ** (step // 10) * 0.5 * (1 + math.cos(math.pi * (step % 10) / 10)),
+        ),
+        (
+            ScheduleConfig(epochs=4, sched_args={"cycle_limit": 2, "cycle_mul": 3, "cycle_decay": 1}),
+            lambda step: 0.5 * (1 + math.cos(math.pi * (step / 5 if step < 5 else (step - 5) / 15))),
         ),
         (
             ScheduleConfig(sched="wsd", epochs=4, min_lr=0.2, sched_args={"decay_epochs": 0.25, "decay_fn": "linear"}),
