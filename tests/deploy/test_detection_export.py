@@ -237,7 +237,9 @@ def test_predict_and_evaluate_give_the_same_with_the_bundle(
     (ours, ap, images), (theirs, wanted, _) = results
     assert images == 3
     assert ap == pytest.approx(wanted, abs=1e-4)
+    assert len(ours) >= 3
     assert [entry["category_id"] for entry in ours] == [entry["category_id"] for entry in theirs]
+    assert [entry["score"] for entry in ours] == pytest.approx([entry["score"] for entry in theirs], abs=1e-4)
     assert [entry["bbox"] for entry in ours] == [pytest.approx(entry["bbox"], abs=1e-2) for entry in theirs]
 
 

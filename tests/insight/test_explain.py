@@ -150,7 +150,7 @@ def test_the_command_draws_a_figure_an_image_and_goes_on_after_a_damaged_one(
     means = {name: np.asarray(Image.open(pictures / name / "000.png")).mean((0, 1)) for name in ("small", "large")}
     for path, name in zip(drawn, ("large", "small"), strict=True):
         shown = np.asarray(Image.open(path).convert("RGB"))[left].mean((0, 1))
-        assert min(means, key=lambda one: np.abs(means[one] - shown).max()) == name  # noqa: B023
+        assert min(means, key=lambda one: np.abs(means[one] - shown).max()) == name
     assert cli.main(["explain", str(folder), str(damaged), "-o", str(tmp_path / "none")]) == 2
 
 

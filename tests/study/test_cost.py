@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
+
 import pytest
 import timm
 import torch
 from torch import nn
 
+from epsanet import cli
+from epsanet.network.rivals import RIVALS
 from epsanet.study.cost import Cost, cost, detector_table
 
 # parameters, 10⁹ multiply-accumulates at 224×224; published: millions, 10⁹, top-1, top-5
@@ -53,6 +58,20 @@ def test_multiply_accumulates_are_counted_layer_by_layer() -> None:
     found = cost("epsanet14_tiny")
     assert found.macs == counted
     assert found.published is None
+
+
+def test_the_command_tells_the_cost_of_the_networks_for_small_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["study", "cost", "--task", "small-images", "--format", "csv"]) == 0
+    rows = {row["title"]: row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    assert rows.keys() == {rival.title for rival in RIVALS.values()}
+    for rival in RIVALS.values():
+        name, row = rival.models["tiny"], rows[rival.title]
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=10, **rival.model_args)
+        assert row["network"] == name
+        assert int(row["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
+    name = RIVALS["epsanet"].models["tiny"]
+    assert float(rows[RIVALS["epsanet"].title]["MACs"]) == pytest.approx(cost(name).macs / 1e6, abs=0.05)
 
 
 def test_a_network_that_is_unknown_is_named() -> None:

@@ -20,6 +20,7 @@ import lightning
 import pytest
 import torch
 import yaml
+from forking import Forks, Kill, together
 from making import parquet
 from safetensors.torch import load_file
 from tasks_reading import same_state
@@ -513,20 +514,10 @@ def test_a_folder_that_is_no_run_or_has_no_checkpoint_says_so(tmp_path: Path) ->
 # The same by the command line, with processes that are really stopped
 
 
-def start(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
-    values = dataclasses.asdict(config)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**values, "output": None}))
-    return epsanet("train", str(folder / "recipe.yaml"), "--output", str(folder / "run"))
-
-
-def epsanet(*words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "epsanet", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+def recipe(config: TrainConfig, folder: Path) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**dataclasses.asdict(config), "output": None}))
+    return str(path)
 
 
 def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
@@ -538,27 +529,45 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_process_that_is_stopped_or_killed_resumes_to_the_same_weights(
-    number: int, small: Small, tmp_path: Path
-) -> None:
-    config = small(tmp_path / "whole", schedule__epochs=8)
-    process = start(config, tmp_path)
-    wait_for(tmp_path / "run" / "metrics.csv", 3, process)  # a head and two epochs
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    if number == signal.SIGINT:
-        assert process.returncode == 130, output
-        assert f"go on with: epsanet train --resume {tmp_path / 'run'}" in output
-        assert "Traceback" not in output
-    else:
-        assert process.returncode == -signal.SIGKILL
-    reached = checkpoint(tmp_path / "run")["global_step"]
-    assert 5 <= reached < 40, "it was stopped on the way"
+@pytest.fixture(scope="module")
+def eight(forks: Forks, small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight epochs that nothing happened to; its recipe lies beside it."""
+    folder = tmp_path_factory.mktemp("eight")
+    words = ["train", recipe(small("unused", schedule__epochs=8), folder), "--output", str(folder / "run")]
+    assert forks.run(together(words, folder / "said")) == [0], (folder / "said").read_text()
+    return folder / "run"
 
-    process = epsanet("train", "--resume", str(tmp_path / "run"))
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert "(resumed)" in output
-    train(config)
-    same_run(tmp_path / "run", tmp_path / "whole")
+
+def test_a_process_that_is_interrupted_resumes_to_the_same_weights(forks: Forks, eight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "epsanet", "train", str(eight.with_name("recipe.yaml")), "--output", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    wait_for(run / "metrics.csv", 3, process)  # a head and two epochs
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert f"go on with: epsanet train --resume {run}" in output
+    assert "Traceback" not in output
+    goes_on_as(eight, run, forks)
+
+
+def test_a_process_that_is_killed_resumes_to_the_same_weights(forks: Forks, eight: Path, tmp_path: Path) -> None:
+    """In the third epoch, of which nothing is saved yet."""
+    kill = Kill(function="epsanet.tasks.classification:Classifier.training_step", call=13)
+    words = ["train", str(eight.with_name("recipe.yaml")), "--output", str(tmp_path / "run")]
+    assert forks.run(together(words, tmp_path / "said", 1, {0: kill})) == [-signal.SIGKILL]
+    assert checkpoint(tmp_path / "run")["global_step"] == 10
+    goes_on_as(eight, tmp_path / "run", forks)
+
+
+def goes_on_as(whole: Path, run: Path, forks: Forks) -> None:
+    assert 5 <= checkpoint(run)["global_step"] < 40, "it was stopped on the way"
+    said = run.with_name("said")
+    assert forks.run(together(["train", "--resume", str(run)], said)) == [0], said.read_text()
+    assert "(resumed)" in said.read_text()
+    same_run(run, whole)

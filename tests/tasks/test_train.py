@@ -384,6 +384,11 @@ def test_arguments_of_the_network_and_of_psa_reach_it_and_its_model_folder(small
 def test_any_network_of_timm_can_be_trained(small: Small, tmp_path: Path) -> None:
     result = train(small(tmp_path / "run", model="resnet10t", schedule__epochs=1, data__input_size=32))
     assert timm.create_model(f"local-dir:{result.model}", pretrained=True).fc.out_features == 3
+    norms = [
+        tensor for name, tensor in load_file(result.model / "model.safetensors").items() if name[-10:] == "bn1.weight"
+    ]
+    assert len(norms) == 5
+    assert all((norm != 1).any() for norm in norms), "it has learned"
 
 
 # Data sets without a test split, shards, damage on the way
@@ -563,7 +568,9 @@ def test_the_run_folder_is_named_after_data_and_time_when_it_is_not_said(
     assert re.fullmatch(rf"{Path(config.data.source).name}-\d{{8}}-\d{{6}}", run.name)
 
 
-def test_a_damaged_image_met_in_training_does_not_end_the_run(small: Small, pictures: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_met_in_training_does_not_end_the_run(
+    small: Small, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Sound when it was checked, by its header only; cut short all the same."""
     import shutil
 
@@ -573,6 +580,8 @@ def test_a_damaged_image_met_in_training_does_not_end_the_run(small: Small, pict
     victim.write_bytes(victim.read_bytes()[:-60])
     result = train(small(tmp_path / "run", data__source=str(copy), data__check="headers", schedule__epochs=2))
     assert [row["step"] for row in metrics(result.run)] == [5, 10]
+    (said,) = [text for text in caplog.messages if "ant/000.png" in text]
+    assert said.endswith("the next image takes its place")
 
 
 def test_a_run_that_diverges_lists_names_that_are_not_utf8(small: Small, pictures: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ import epsanet
 from epsanet import cli
 from epsanet.data.coco import CocoSamples, read_rle
 from epsanet.data.config import DataConfig
+from epsanet.data.images import read_image
 from epsanet.network.detectors import PastedMasks, load_detector
 from epsanet.tasks.config import OptimizerConfig, ScheduleConfig, TrainConfig, load_recipe, recipe_names
 from epsanet.tasks.detection.evaluate import evaluate_detector
@@ -369,11 +370,17 @@ def test_tables_hold_what_was_found(suffix: str, trained: TrainResult, data: Pat
 def test_images_of_any_kind_are_looked_at(
     mode: str, size: tuple[int, int], trained: TrainResult, tmp_path: Path
 ) -> None:
-    path = tmp_path / "image.jpg"
-    Image.new(mode, size, 128 if mode == "L" else (10, 120, 200, 0)[: len(mode)]).save(path)
-    (found,) = detect(trained.model, [path], score_thresh=0.5, device="cpu")
+    """What is found is what is found in the same pixels in RGB."""
+    path, copy = tmp_path / "image.jpg", tmp_path / "copy.png"
+    coarse = size[0] // 4, size[1] // 4
+    noise = np.random.default_rng(0).bytes(coarse[0] * coarse[1] * len(mode))
+    Image.frombytes(mode, coarse, noise).resize(size, Image.Resampling.NEAREST).save(path)
+    read_image(path).save(copy)
+    found, plain = detect(trained.model, [path, copy], score_thresh=0.0, device="cpu")
     assert (found.width, found.height) == size
     assert found.error == ""
+    assert len(found.boxes) > 3
+    assert (found.boxes, found.scores, found.classes) == (plain.boxes, plain.scores, plain.classes)
     for x0, y0, x1, y1 in found.boxes:
         assert 0 <= x0 < x1 <= size[0]
         assert 0 <= y0 < y1 <= size[1]
