@@ -200,6 +200,13 @@ def test_a_checkpoint_of_1000_classes_has_imagenets_names_and_a_bare_state_dict_
     assert loaded.data_config["input_size"] == (3, 224, 224)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["plain", "data parallel"])
+def test_a_state_dict_of_ours_keeps_the_order_of_its_channels(tmp_path: Path, prefix: str) -> None:
+    ours = randomised(timm.create_model("epsanet50_small", num_classes=7))
+    torch.save({prefix + name: tensor for name, tensor in ours.state_dict().items()}, tmp_path / "ours.pth")
+    assert_same_logits(load_model(tmp_path / "ours.pth").model, ours)
+
+
 @pytest.mark.parametrize(
     ("layers", "groups", "wide", "variant"),
     [

@@ -286,8 +286,11 @@ def from_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     Args:
         state_dict: of the released network, with or without ``module.`` prefixes.
     """
-    bare = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    return _exchange(bare, _RELEASED_BRANCH, "{}.spc.branches.{}.weight", -1)
+    return _exchange(_bare(state_dict), _RELEASED_BRANCH, "{}.spc.branches.{}.weight", -1)
+
+
+def _bare(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
 
 
 def to_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -297,6 +300,8 @@ def to_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_released(path: str | Path) -> LoadedModel:
     """Read a checkpoint of the released code; the variant and the number of classes follow from its shapes.
+
+    The names of the branches say whose order the channels have: a ``state_dict`` of this package is taken as it is.
 
     It is unpickled with ``weights_only=True``: a file that holds more than tensors and plain values is refused and
     nothing in it runs.
@@ -318,7 +323,8 @@ def load_released(path: str | Path) -> LoadedModel:
         and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
     ):
         raise ValueError(f"{path} holds no state_dict; a checkpoint of the released EPSANet code has one")
-    state_dict = from_released(found)
+    bare = _bare(found)
+    state_dict = bare if any(map(_OUR_BRANCH.fullmatch, bare)) else from_released(bare)
     variant, num_classes = _recognise(state_dict, path)
     with torch.device("meta"):
         check_tensors(state_dict, create_model(variant), path)
