@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from longhand import convolution, se_weight
+from timm.models import reinit_non_persistent_buffers
 from torch import Tensor, nn
 
 import epsanet
@@ -200,6 +201,20 @@ def test_no_rival_has_a_narrower_attention_than_another(key: str) -> None:
         if isinstance(layer, nn.Conv2d) and ".se." in name and layer.kernel_size == (1, 1) and layer.weight.shape[0] > 1
     }
     assert hidden == {(64, 8), (128, 8), (256, 16)}
+
+
+def test_a_network_that_was_built_without_memory_computes_its_filters_again() -> None:
+    """As transformers does: weights come from the file, buffers that are in no file from the module's own method."""
+    model, x = create("fca", "tiny", **NARROW).eval(), torch.randn(2, 3, 32, 32)
+    with torch.device("meta"):
+        again = create("fca", "tiny", **NARROW).eval()
+    again.to_empty(device="cpu")
+    for buffer in again.buffers():
+        buffer.zero_()
+    again.load_state_dict(model.state_dict())
+    assert len(reinit_non_persistent_buffers(again)) == 6
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
 
 
 def test_frequency_attention_averages_a_map_of_another_size_first() -> None:

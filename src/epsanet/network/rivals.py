@@ -104,13 +104,19 @@ class FrequencyAttention(nn.Module):
     def __init__(self, channels: int, size: int, reduction: int = 16, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.size = size
-        chosen = [channel * len(TOP_FREQUENCIES) // channels for channel in range(channels)]
-        bases = torch.stack([dct_filter(frequency, size) for frequency in frequencies(size)])
-        bases = bases.to(dtype or torch.get_default_dtype())
-        self.register_buffer("filters", bases[chosen].to(device or torch.get_default_device()), persistent=False)
+        filters = torch.empty(channels, size, size, device=device, dtype=dtype)
+        self.register_buffer("filters", filters, persistent=False)
+        self.init_non_persistent_buffers()
         hidden = make_divisible(channels / reduction, _REDUCED_MULTIPLE, round_limit=0.0)
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False, device=device, dtype=dtype)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the filters: no checkpoint has them, and timm and transformers build networks without memory first."""
+        channels = len(self.filters)
+        chosen = [channel * len(TOP_FREQUENCIES) // channels for channel in range(channels)]
+        bases = torch.stack([dct_filter(frequency, self.size) for frequency in frequencies(self.size)])
+        self.filters.copy_(bases[chosen])
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Weighted features, same shape."""
