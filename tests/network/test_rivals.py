@@ -132,6 +132,14 @@ def test_a_state_dict_makes_a_fresh_network_the_same(subject: nn.Module) -> None
         assert torch.equal(other(x), subject(x))
 
 
+def test_without_classes_a_network_gives_what_its_classifier_reads(subject: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    bare = timm.create_model(subject.pretrained_cfg["architecture"], **{**subject._model_args, "num_classes": 0}).eval()
+    bare.load_state_dict({key: value for key, value in subject.state_dict().items() if not key.startswith("fc.")})
+    with torch.no_grad():
+        torch.testing.assert_close(subject.fc(bare(x)), subject(x))
+
+
 def test_no_weights_are_promised_and_the_remedy_is_named() -> None:
     with pytest.raises(ValueError, match="fcanet50 has no pretrained weights; train it"):
         timm.create_model("fcanet50", pretrained=True)
@@ -290,7 +298,9 @@ def test_layers_of_global_context_start_by_adding_nothing() -> None:
 def test_bat_takes_the_images_of_imagenet() -> None:
     model = create("bat", "50", **NARROW).eval()
     with torch.no_grad():
-        assert model(torch.randn(1, 3, 224, 224)).isfinite().all()
+        logits = model(torch.randn(2, 3, 224, 224))
+    assert logits.isfinite().all()
+    assert (logits[0] - logits[1]).abs().max() > 1e-3, "the logits do not depend on the image"
 
 
 # ------------------------------------------------------------------------------------- PSA's settings of the ablation

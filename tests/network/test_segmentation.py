@@ -44,5 +44,7 @@ def test_a_segmentation_network_on_an_epsanet_learns_the_masks_of_coco() -> None
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.75 * losses[0]
-    gradients = [parameter.grad for parameter in model.encoder.parameters()]
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    gradients = {name: parameter.grad for name, parameter in model.encoder.named_parameters()}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    assert all(gradient.any() for name, gradient in gradients.items() if ".spc." in name)
+    assert any(".spc." in name for name in gradients)

@@ -140,12 +140,8 @@ class FcaNet(Trunk):
         super().__init__(*args, **kwargs)
         for stage, info in zip(self.stages, self.feature_info[1:], strict=True):
             for block in stage:
-                layer = FrequencyAttention(
-                    info["num_chs"],
-                    math.ceil(image_size / info["reduction"]),
-                    device=self.fc.weight.device,
-                    dtype=self.fc.weight.dtype,
-                )
+                size = math.ceil(image_size / info["reduction"])
+                layer = FrequencyAttention(info["num_chs"], size, **_made_as(self))
                 _initialise(layer)
                 block.se = layer
 
@@ -211,10 +207,9 @@ class NonLocalResNet(Trunk):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        like = {"device": self.fc.weight.device, "dtype": self.fc.weight.dtype}
         for stage, info, count in zip(self.stages[1:3], self.feature_info[2:4], every, strict=True):
             for place in range(count - 1, len(stage), count):
-                layer = attention(info["num_chs"], **attention_args, **like)
+                layer = attention(info["num_chs"], **attention_args, **_made_as(self))
                 stage[place] = nn.Sequential(stage[place], layer)
 
 
@@ -230,6 +225,12 @@ class GCNet(Trunk):
             if isinstance(module, GlobalContext):
                 module.reset_parameters()  # timm's ResNet has drawn over it
                 nn.init.zeros_(module.mlp_add.fc2.bias)
+
+
+def _made_as(network: nn.Module) -> dict[str, Any]:
+    """Device and type of a network's weights; its classifier has none where there are no classes."""
+    weight = next(network.parameters())
+    return {"device": weight.device, "dtype": weight.dtype}
 
 
 def _initialise(module: nn.Module) -> None:
