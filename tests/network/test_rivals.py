@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from longhand import convolution, se_weight
-from timm.models import reinit_non_persistent_buffers
+from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import Tensor, nn
 
 import epsanet
