@@ -59,9 +59,13 @@ def test_a_portable_network_has_no_norms_and_the_same_logits_in_every_form(name:
 class Twice(nn.Module):
     """One PSA module in two places, with a norm after each, as a network of shared weights has it."""
 
-    def __init__(self, bias: bool = False, padding_mode: str = "zeros", wrapped: bool = False) -> None:
+    def __init__(
+        self, bias: bool = False, padding_mode: str = "zeros", wrapped: bool = False, watched: str = ""
+    ) -> None:
         super().__init__()
         self.psa = PSA(32, groups=(1, 2, 4, 8))
+        if watched:
+            self.psa.get_submodule(watched).register_forward_hook(lambda _, __, y: y.square())
         for index, branch in enumerate(self.psa.spc.branches):
             branch.padding_mode = padding_mode  # type: ignore[assignment]
             if bias:
@@ -75,7 +79,11 @@ class Twice(nn.Module):
         return self.norm(self.psa(self.norm(self.psa(x)))).mean((2, 3))
 
 
-@pytest.mark.parametrize("subject", [{}, {"bias": True}, {"padding_mode": "circular"}, {"wrapped": True}], ids=str)
+@pytest.mark.parametrize(
+    "subject",
+    [{}, {"bias": True}, {"padding_mode": "circular"}, {"wrapped": True}, {"watched": "spc"}, {"watched": "se"}],
+    ids=str,
+)
 def test_modules_that_are_shared_or_changed_are_portable_too(subject: dict[str, bool]) -> None:
     torch.manual_seed(3)
     model, x = Twice(**subject).eval(), torch.randn(2, 32, 9, 9)  # type: ignore[arg-type]
@@ -85,7 +93,7 @@ def test_modules_that_are_shared_or_changed_are_portable_too(subject: dict[str, 
         expected = model(x)
         network = portable(model, forms)
         torch.testing.assert_close(network(x), expected, atol=1e-6, rtol=1e-5)
-    assert isinstance(network.get_submodule("psa"), PSA if "wrapped" in subject else PortablePSA)
+    assert isinstance(network.get_submodule("psa"), PSA if {"wrapped", "watched"} & subject.keys() else PortablePSA)
 
 
 def test_other_softmax_and_a_network_that_cannot_be_traced_are_portable_too() -> None:

@@ -408,6 +408,45 @@ def test_changed_maps_of_the_se_weight_are_called_and_train(change: Callable[[SE
         optimizer.step()
 
 
+class Halved(nn.Module):
+    """A wrapper around a whole part of the module."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inside(x)
+        return y / 2
+
+
+@pytest.mark.parametrize("how", ["watched", "wrapped"])
+@pytest.mark.parametrize("se", ["shared", "branches"])
+def test_spc_and_se_weights_that_are_watched_or_wrapped_are_called(se: Any, how: str) -> None:
+    psa, x = PSA(64, reduction=2, se=se), torch.randn(2, 64, 5, 6)
+    features = torch.stack([branch(x) for branch in psa.spc.branches], 1) / 2
+    weights = [psa.se] * 4 if se == "shared" else list(psa.se)
+    z = [weight(features[:, place]).flatten(1) / 2 for place, weight in enumerate(weights)]
+    expected = (features * torch.stack(z, 1).softmax(1)[..., None, None]).flatten(1, 2)
+    seen: list[Tensor] = []
+
+    def halve(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        seen.extend(inputs)
+        return y / 2
+
+    if how == "watched":
+        for part in (psa.spc, *dict.fromkeys(weights)):
+            part.register_forward_hook(halve)
+    else:
+        psa.spc = Halved(psa.spc)
+        psa.se = Halved(psa.se) if se == "shared" else nn.ModuleList(map(Halved, psa.se))
+    torch.testing.assert_close(psa(x), expected)
+    assert not psa.standard
+    if how == "watched":
+        assert seen[0] is x
+        torch.testing.assert_close(torch.stack(seen[1:], 1), features)
+
+
 @pytest.mark.parametrize("fusion", ["concat", "sum"])
 def test_features_of_16_bits_stay_so_where_the_softmax_is_of_32(fusion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As autocast has it on GPUs; else all that follows would be of 32 bits too."""

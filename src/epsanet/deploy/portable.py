@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from epsanet import kernels
 from epsanet.network.graph import Rewriter, Tracer, fold_norms, foldable, scale_and_shift
-from epsanet.network.psa import PSA, branch_attention
+from epsanet.network.psa import PSA, SPC, branch_attention, untouched
 
 __all__ = ["DepthwiseSum", "PortablePSA", "branch_forms", "branch_in_form", "portable"]
 
@@ -152,8 +152,8 @@ class PortablePSA(nn.Module):
 
 
 def _plain(psa: PSA) -> bool:
-    """Whether the branches are convolutions and nothing else, as no adapter or subclass has changed them."""
-    return all(type(branch) is nn.Conv2d for branch in psa.spc.branches)
+    """Whether the branches are convolutions and nothing else, and nothing around them is wrapped or has a hook."""
+    return untouched(psa.spc, SPC) and psa.squeezed and all(type(branch) is nn.Conv2d for branch in psa.spc.branches)
 
 
 def portable(model: nn.Module, forms: Mapping[str, Sequence[int]] | None = None) -> nn.Module:
@@ -165,7 +165,7 @@ def portable(model: nn.Module, forms: Mapping[str, Sequence[int]] | None = None)
 
     Returns:
         A module with the same logits to rounding. Where the network cannot be traced, norms stay; a PSA module whose
-        branches are not convolutions stays as it is.
+        branches are not convolutions, or whose parts are wrapped or watched by a hook, stays as it is.
     """
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     forms = forms or {}

@@ -63,7 +63,7 @@ def _listening(model: nn.Module) -> Iterator[list[ModuleScales]]:
         if isinstance(module, PSA):
 
             def record(psa: PSA, inputs: tuple[Tensor, ...], _: Tensor, name: str = name) -> None:
-                feats_NSDHW, averages_NSD = psa.spc.forward_and_squeeze(inputs[0])
+                feats_NSDHW, averages_NSD = psa.features(inputs[0])
                 attention_NSD = psa.attention(feats_NSDHW, averages_NSD)
                 weighted = feats_NSDHW * attention_NSD[..., None, None]
                 found.append(

@@ -131,6 +131,11 @@ def hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
+def untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is what it was made as; wrapped, pruned or watched by a hook, it has to be called."""
+    return type(layer) is kind and not hooked(layer)
+
+
 class SEWeight(nn.Module):
     """Squeeze-and-excitation weight without its final product (section 3.1).
 
@@ -154,8 +159,8 @@ class SEWeight(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether the two maps are what they were made as; wrapped, pruned or watched by a hook, they are called."""
-        return all(type(layer) is nn.Conv2d and not hooked(layer) for layer in (self.fc1, self.fc2))
+        """Whether the two maps are what they were made as."""
+        return untouched(self.fc1, nn.Conv2d) and untouched(self.fc2, nn.Conv2d)
 
     def excite(self, pooled: Tensor) -> Tensor:
         """The weight of already averaged features, shape ``..., D`` to ``..., D``."""
@@ -245,7 +250,7 @@ class SPC(nn.Module):
     def reason_against_kernels(self, x_NCHW: Tensor) -> str | None:
         """Why the native kernels cannot compute this layer, or None where they can: branches may have been changed."""
         convs: list[Any] = list(self.branches)
-        if any(type(conv) is not nn.Conv2d or hooked(conv) for conv in convs):
+        if not all(untouched(conv, nn.Conv2d) for conv in convs):
             return "a branch has been wrapped or has a hook, and has to be called"
         first = convs[0]
         stride, dilation = first.stride[0], first.dilation[0]
@@ -326,17 +331,33 @@ class PSA(nn.Module):
     @property
     def standard(self) -> bool:
         """One shared, plain SEWeight, a softmax, concatenation: what the fast paths of inference are written for."""
-        parts = type(self.spc) is SPC and type(self.se) is SEWeight and self.se.plain
+        parts = untouched(self.spc, SPC) and type(self.se) is SEWeight and self.squeezed and self.se.plain
         return parts and self.softmax != "none" and self.fusion == "concat"
+
+    @property
+    def squeezed(self) -> bool:
+        """Whether averages over space are all that a SEWeight needs; wrapped or watched by a hook, it is called."""
+        owns = self.se if isinstance(self.se, nn.ModuleList) else () if self.se is None else (self.se,)
+        return all(untouched(own, SEWeight) for own in owns)
+
+    def features(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the SPC, shape ``N, S, D, H', W'``, and their averages over space where they are had without a pass."""
+        if untouched(self.spc, SPC):
+            return self.spc.forward_and_squeeze(x_NCHW)
+        return self.spc(x_NCHW), None
 
     def attention(self, feats_NSDHW: Tensor, averages_NSD: Tensor | None = None) -> Tensor:
         """How much each channel of each scale counts, shape ``N, S, D``; averages over space may be known already."""
+        if not self.squeezed:
+            owns = self.se if isinstance(self.se, nn.ModuleList) else [self.se] * feats_NSDHW.shape[1]
+            z_ND = [own(feats_NSDHW[:, place]).flatten(1) for place, own in enumerate(owns)]
+            return scale_attention(torch.stack(z_ND, dim=1), self.softmax)
         averages_NSD = feats_NSDHW.mean((-2, -1)) if averages_NSD is None else averages_NSD
         return branch_attention(self.se, averages_NSD, self.softmax)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Shape ``N, C, H, W`` to ``N, K, H', W'``."""
-        feats_NSDHW, averages_NSD = self.spc.forward_and_squeeze(x_NCHW)
+        feats_NSDHW, averages_NSD = self.features(x_NCHW)
         if self.se is not None:
             attention = self.attention(feats_NSDHW, averages_NSD)
             if attention.dtype != feats_NSDHW.dtype:  # autocast takes the softmax in float32; the features stay small

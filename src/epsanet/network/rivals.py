@@ -112,7 +112,7 @@ class FrequencyAttention(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False, device=device, dtype=dtype)
 
     def init_non_persistent_buffers(self) -> None:
-        """Compute the filters: no checkpoint has them, and timm and transformers build networks without memory first."""
+        """Compute the filters: no checkpoint has them, and transformers builds a network without memory at first."""
         channels = len(self.filters)
         chosen = [channel * len(TOP_FREQUENCIES) // channels for channel in range(channels)]
         bases = torch.stack([dct_filter(frequency, self.size) for frequency in frequencies(self.size)])
