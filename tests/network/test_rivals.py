@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from longhand import convolution, se_weight
+from timm.models._features_fx import FeatureGraphNet
 from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import Tensor, nn
 
@@ -109,6 +110,16 @@ def test_features_are_those_of_the_stages_run_by_hand(subject: nn.Module) -> Non
     for one, other in zip(found, expected, strict=True):
         assert other.std() > 1e-3
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_a_traced_network_are_those_of_the_network(subject: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = FeatureGraphNet(subject, out_indices=(0, 1, 2, 3, 4))(x)
+        expected = subject.forward_intermediates(x, intermediates_only=True)
+    for one, other in zip(found, expected, strict=True):
+        assert other.std() > 1e-3
+        torch.testing.assert_close(one, other)
 
 
 def test_exported_equals_eager(subject: nn.Module) -> None:

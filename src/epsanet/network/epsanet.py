@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from timm.layers import register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from epsanet.network.psa import (
     GROUPS,
     KERNEL_SIZES,
+    PSA,
     REDUCTION,
     FusionMode,
     SEMode,
@@ -26,6 +28,9 @@ from epsanet.network.shipped import pretrained_cfgs, shipped_folders
 from epsanet.network.trunk import Trunk, imagenet_cfg, small_image_cfg
 
 __all__ = ["EPSABasicBlock", "EPSABlock", "EPSANet"]  # register_model adds the variants
+
+# It asks its input where and what it is, which no trace can answer. In psa.py, timm's import would come in a circle.
+register_notrace_module(PSA)
 
 
 class EPSABlock(Bottleneck):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from timm.layers import GlobalContext, make_divisible
+from timm.layers import GlobalContext, make_divisible, register_notrace_module
 from timm.layers.cbam import CbamModule
 from timm.layers.non_local_attn import BatNonLocalAttn, NonLocalAttn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
@@ -86,6 +86,7 @@ def frequencies(size: int) -> list[tuple[int, int]]:
     return [lowest[place % len(lowest)] for place in range(len(TOP_FREQUENCIES))]
 
 
+@register_notrace_module
 class FrequencyAttention(nn.Module):
     """Squeeze-and-excitation whose squeeze is the DCT: each sixteenth of the channels has its own frequency.
 
