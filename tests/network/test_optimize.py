@@ -240,6 +240,29 @@ def test_changed_branches_stay_as_they_are() -> None:
         torch.testing.assert_close(optimize(model, x)(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("default", ["float64", "meta"])
+def test_another_default_type_or_device_changes_nothing(default: str) -> None:
+    """Neither a step of training nor the optimised network; PyTorch's defaults are those of the caller."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 1, bias=False), PSA(64), nn.Conv2d(64, 8, 1, bias=False)).eval()
+    x = images("tiny", 2)
+    weights = list(model.parameters())
+    with kernels.use("reference"):
+        expected = model(x)
+        gradients = torch.autograd.grad(expected.square().mean(), weights)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if default == "float64" else before)
+    try:
+        with torch.device("meta" if default == "meta" else "cpu"):
+            found = torch.autograd.grad(model(x).square().mean(), weights)
+            optimized = optimize(model, x)
+            y = optimized(x)
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip((*found, y), (*gradients, expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert any(isinstance(module, _Attention) for module in optimized.modules()) == kernels.available()
+
+
 def test_an_empty_batch_gives_no_logits() -> None:
     for model in (Around().eval(), trained_looking("epsanet14_tiny"), trained_looking("resnet18")):
         x = images("tiny", 2)

@@ -54,7 +54,7 @@ class DepthwiseSum(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.summands = conv.in_channels // conv.groups
-        channels = torch.arange(conv.in_channels).reshape(conv.groups, self.summands)
+        channels = torch.arange(conv.in_channels, device=conv.weight.device).reshape(conv.groups, self.summands)
         self.register_buffer("order", channels.T.flatten())  # first channel of each group, second of each, …
         self.depthwise = nn.Conv2d(
             conv.in_channels,
@@ -90,7 +90,7 @@ def _merged(conv: nn.Conv2d, groups: int) -> nn.Conv2d:
         groups,
         bias=False,
     )
-    weight = torch.zeros_like(dense.weight)
+    weight = conv.weight.new_zeros(dense.weight.shape)
     made = conv.out_channels // conv.groups
     for group in range(conv.groups):
         outputs = slice(group * made, (group + 1) * made)

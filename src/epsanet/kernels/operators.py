@@ -189,7 +189,7 @@ class _Call:
         known = _packed_weights.get(first, {}).get(key)
         if known is not None and known[0] == state:
             return known[1]
-        packed = torch.empty(self.layer.packed_size(backward))
+        packed = torch.empty(self.layer.packed_size(backward), dtype=torch.float32, device="cpu")
         self.layer.pack(self.weights, packed, backward, self.threads)
         _packed_weights.setdefault(first, {})[key] = (state, packed)
         return packed
@@ -281,7 +281,7 @@ def _weight_gradient(
     ordered: bool,
 ) -> list[Tensor]:
     call = _Call(x.shape[0], x.shape[1], weights, groups, stride, split, ordered)
-    gradients = [torch.empty(weight.shape, dtype=weight.dtype) for weight in weights]
+    gradients = [torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for weight in weights]
     call.layer.weight_gradient(
         _channels_last(x), _channels_last(dy), dsums.detach().contiguous(), gradients, ordered, call.threads
     )
@@ -421,7 +421,7 @@ def pack_for_inference(weights: Sequence[Tensor], in_channels: int, groups: Sequ
     """The branches' weights as ``pyramid_attention`` wants them; the same for every stride and size of image."""
     kernel_sizes, out_channels = tuple(weight.shape[-1] for weight in weights), weights[0].shape[0] * len(weights)
     layer = _layer(in_channels, out_channels, kernel_sizes, tuple(groups), 1, split, False)
-    packed = torch.empty(layer.packed_size(backward=False))
+    packed = torch.empty(layer.packed_size(backward=False), dtype=torch.float32, device="cpu")
     layer.pack([weight.detach().contiguous() for weight in weights], packed, False, torch.get_num_threads())
     return packed
 
@@ -471,8 +471,10 @@ def _torchs_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """Of input and weights, by torch's own operators, which any tensors can go through."""
     dy = dy + dsums[..., None, None]
-    into = torch.tensor(input_order(x.shape[1], tuple(groups), split) if ordered else range(x.shape[1]))
-    out = torch.tensor(output_order(dy.shape[1], tuple(groups), split) if ordered else range(dy.shape[1]))
+    orders: tuple[Sequence[int], Sequence[int]] = range(x.shape[1]), range(dy.shape[1])
+    if ordered:
+        orders = input_order(x.shape[1], tuple(groups), split), output_order(dy.shape[1], tuple(groups), split)
+    into, out = (torch.tensor(order, device=x.device) for order in orders)
     x, dy = x[:, into.argsort()], dy[:, out.argsort()]
     dxs, dweights = [], []
     shares = x.chunk(len(weights), 1) if split else (x,) * len(weights)

@@ -84,7 +84,8 @@ def fold_norms(rewriter: Rewriter) -> None:
 def scale_and_shift(norm: nn.BatchNorm2d | None, channels: int) -> tuple[Tensor, Tensor]:
     """What a norm multiplies by and adds, one value a channel each; ones and zeros without a norm."""
     if norm is None:
-        return torch.ones(channels), torch.zeros(channels)
+        scale = torch.ones(channels, dtype=torch.float32, device="cpu")  # of a network in float32 on the CPU
+        return scale, torch.zeros_like(scale)
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None  # foldable
     assert variance is not None

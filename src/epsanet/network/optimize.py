@@ -115,7 +115,7 @@ class _Attention(nn.Module):
         out_channels = sum(conv.out_channels for conv in convs)
         self.register_buffer("packed", kernels.pack_for_inference(weights, self.in_channels, self.groups, self.split))
         for name, fc in (("fc1", psa.se.fc1), ("fc2", psa.se.fc2)):
-            bias = fc.bias if fc.bias is not None else torch.zeros(fc.out_channels)
+            bias = fc.bias if fc.bias is not None else fc.weight.new_zeros(fc.out_channels)
             self.register_buffer(f"{name}_weight", fc.weight.detach().flatten(1).contiguous())
             self.register_buffer(f"{name}_bias", bias.detach().contiguous())
         scale, shift = scale_and_shift(norm, out_channels)
@@ -129,10 +129,10 @@ class _Attention(nn.Module):
         self.ordered = True
 
     def input_order(self) -> Tensor:
-        return torch.tensor(kernels.input_order(self.in_channels, tuple(self.groups), self.split))
+        return torch.tensor(kernels.input_order(self.in_channels, tuple(self.groups), self.split), device="cpu")
 
     def output_order(self) -> Tensor:
-        return torch.tensor(kernels.output_order(len(self.scale), tuple(self.groups), self.split))
+        return torch.tensor(kernels.output_order(len(self.scale), tuple(self.groups), self.split), device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.epsanet.pyramid_attention(
@@ -177,7 +177,7 @@ class _NativeConvolution(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
-        bias = conv.bias if conv.bias is not None else torch.zeros(conv.out_channels)
+        bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
         self.register_buffer("packed", kernels.pack_for_inference([conv.weight], conv.in_channels, [1], False))
         self.register_buffer("bias", bias.detach().contiguous())
         self.stride, self.relu = conv.stride[0], relu
@@ -222,7 +222,8 @@ def _fuse_attention(rewriter: Rewriter) -> None:
         if type(psa) is not PSA or not psa.standard or not rewriter.free(node):
             continue  # a setting of an ablation, say; the module computes it itself, on the native kernels too
         channels = node.args[0].meta["tensor_meta"].shape[1]  # type: ignore[union-attr]
-        if psa.spc.reason_against_kernels(torch.empty(1, channels, 1, 1)) is not None:
+        like_input = torch.empty(1, channels, 1, 1, dtype=torch.float32, device="cpu")
+        if psa.spc.reason_against_kernels(like_input) is not None:
             continue
         norm = relu = None
         after = rewriter.only_user(node)
