@@ -112,6 +112,7 @@ class Odd(nn.Module):
         self.biased = nn.Conv2d(16, 16, 3, padding=1)
         self.oblong = nn.Conv2d(16, 16, 3, stride=(2, 1), padding=1, bias=False)
         self.uneven = nn.Conv2d(16, 16, 3, dilation=(1, 2), padding=(1, 2), bias=False)
+        self.long = nn.Conv2d(16, 16, (1, 7), padding=(0, 3), bias=False)
         self.even = nn.Conv2d(16, 16, 2, bias=False)
         self.valid = nn.Conv2d(16, 16, 3, bias=False)
         self.same = nn.Conv2d(16, 16, 3, padding="same", bias=False)
@@ -124,6 +125,7 @@ REASONS = {
     "biased": "has a bias",
     "oblong": "stride (2, 1)",
     "uneven": "dilation (1, 2)",
+    "long": "kernel (1, 7) is not square",
     "even": "kernel (2, 2) is even",
     "valid": "pads by (0, 0)",
     "same": "pads by same",
@@ -262,6 +264,17 @@ def test_a_convolution_with_two_names_is_replaced_under_both() -> None:
     assert [(row.name, row.replaced) for row in psa_replace(model).rows] == [("conv", True)]
     assert model.body[0] is model.conv
     assert not torch.allclose(model(x), before)
+
+
+def test_replacing_twice_leaves_the_modules_of_the_first_time() -> None:
+    model = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2)))
+    psa_replace(model, "0")
+    first = model[0]
+    report = psa_replace(model)
+    assert report.replaced == ["1"]
+    assert report.left == {f"0.spc.branches.{place}": "is a part of a PSA module" for place in range(4)}
+    assert model[0] is first
+    assert not any(isinstance(module, epsanet.PSA) for psa in model for module in list(psa.modules())[1:])
 
 
 def test_a_network_that_is_a_convolution_itself_is_not_called_replaced() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from epsanet.network.psa import GROUPS, KERNEL_SIZES, REDUCTION, SoftmaxMode, SPCMode, psa_like
+from epsanet.network.psa import GROUPS, KERNEL_SIZES, PSA, REDUCTION, SoftmaxMode, SPCMode, psa_like
 
 __all__ = ["ReplacementReport", "ReplacementRow", "psa_replace"]
 
@@ -79,7 +79,8 @@ def psa_replace(
     Stride, dilation, device and type are kept. Branches take at least the groups of the convolution they replace,
     reduced by ``fit_groups``, so that ResNeXt and depthwise networks stay light. A convolution is left where the PSA
     module could not stand for it: it reads fewer channels than there are branches (the image), has a bias, pads in
-    its own way, has a stride or dilation that differs between height and width, or channels that do not divide.
+    its own way, has a kernel, stride or dilation that differs between height and width, or channels that do not divide.
+    Those inside of PSA modules are left too.
 
     Args:
         model: any network of ``torch.nn.Conv2d``; new modules start from random weights.
@@ -105,11 +106,14 @@ def psa_replace(
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Conv2d):
             places.setdefault(module, []).append(name)
+    inside = {conv for psa in model.modules() if isinstance(psa, PSA) for conv in psa.modules()}
     for conv, (name, *others) in places.items():
         if max(conv.kernel_size) == 1:
             continue
         before = sum(parameter.numel() for parameter in conv.parameters())
         new, note = None, _why_left(conv, len(kernel_sizes))
+        if conv in inside:
+            note = "is a part of a PSA module"
         if not chosen(name, conv):
             note = "not selected"
         elif not note:
@@ -150,6 +154,8 @@ def _why_left(conv: nn.Conv2d, branches: int) -> str:
         return "has a bias, which PSA has not"
     if stride[0] != stride[1] or dilation[0] != dilation[1]:
         return f"stride {stride} or dilation {dilation} differs between height and width"
+    if kernel[0] != kernel[1]:
+        return f"kernel {kernel} is not square"
     if any(size % 2 == 0 for size in kernel):
         return f"kernel {kernel} is even"
     keeps_size = tuple(step * (size - 1) // 2 for size, step in zip(kernel, dilation, strict=True))
