@@ -630,6 +630,25 @@ def test_a_source_that_is_no_model_is_one_line(source: str, message: str) -> Non
     assert_one_line(raised)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "KeyError: 'architecture'"),
+        ({"architecture": "epsanet14_tiny", "pretrained_cfg": None}, "TypeError|AttributeError"),
+        ({"architecture": ["BertModel"]}, "is no model of timm's"),
+    ],
+)
+def test_a_repository_of_the_hub_that_is_not_timms_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("timm.models._hub.download_from_hf", lambda *_, **__: str(tmp_path / "config.json"))
+    with pytest.raises(ValueError, match=message) as raised:
+        load_model("hf-hub:somebody/bert")
+    assert_one_line(raised)
+    assert "hf-hub:somebody/bert" in str(raised.value)
+
+
 def test_create_model_makes_timms_networks_and_explains_what_it_cannot() -> None:
     x = torch.randn(1, 3, 32, 32)
     model = create_model("epsanet14_tiny", num_classes=4)
@@ -643,6 +662,8 @@ def test_create_model_makes_timms_networks_and_explains_what_it_cannot() -> None
         ("epsanet14_tiny", {"colour": 1}, "cannot be built with .*colour"),
         ("epsanet14_tiny", {"block_args": {"colour": 1}}, "cannot be built with .*colour"),
         ("epsanet14_tiny", {"output_stride": 5}, r"output_stride=5 is impossible"),
+        ("epsanet14_tiny", {"act_layer": "wobbly"}, "cannot be built with .*: timm knows no 'wobbly'"),
+        ("epsanet14_tiny", {"norm_layer": "wobblynorm"}, "cannot be built with .*: timm knows no 'wobblynorm'"),
     ):
         with pytest.raises(ValueError, match=message) as raised:
             create_model(name, **arguments)

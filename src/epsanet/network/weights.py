@@ -55,6 +55,17 @@ _BRANCHES = 4
 _RELEASED_BRANCH = re.compile(r"(layer\d\.\d+\.conv2)\.conv_(\d)\.weight")
 _OUR_BRANCH = re.compile(r"(layer\d\.\d+\.conv2)\.spc\.branches\.(\d)\.weight")
 _AFTER_PSA = re.compile(r"layer\d\.\d+\.bn2\.(weight|bias|running_mean|running_var)")
+# What timm raises for a configuration or weights that are not its own, or damaged.
+_CANNOT_BE_READ = (
+    SafetensorError,
+    RuntimeError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    MemoryError,
+)
 _RELEASED_VARIANTS = (
     "epsanet50_small",
     "epsanet101_small",
@@ -97,6 +108,8 @@ def create_model(name: str, **model_args: Any) -> Any:
         raise ValueError(f"there is no network {name!r}; near it: {', '.join(near)} (epsanet models lists EPSANets)")
     try:
         return timm.create_model(name, **model_args)
+    except KeyError as error:
+        raise ValueError(f"{name} cannot be built with {model_args}: timm knows no {error}") from error
     except (TypeError, AssertionError) as error:
         raise ValueError(f"{name} cannot be built with {model_args}: {error}") from error
 
@@ -204,16 +217,7 @@ def _load_folder(folder: Path) -> LoadedModel:
     check_model_folder(folder)
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (
-        SafetensorError,
-        RuntimeError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        AssertionError,
-        OSError,
-        MemoryError,
-    ) as error:
+    except _CANNOT_BE_READ as error:
         raise ValueError(f"the model folder {folder} is damaged: {_first_line(error)}; copy it again") from error
     return _with_names(model, str(folder))
 
@@ -223,6 +227,11 @@ def _load_named(name: str) -> LoadedModel:
         model = timm.create_model(name, pretrained=True)
     except (RuntimeError, OSError) as error:  # timm without weights; the Hub without a connection or such a model
         raise ValueError(f"{name} has no weights that can be had: {_first_line(error)}") from error
+    except _CANNOT_BE_READ as error:
+        raise ValueError(
+            f"{name} is no model of timm's, or damaged ({type(error).__name__}: {_first_line(error)}); give one whose "
+            f"{CONFIG_NAME} names an architecture of timm's"
+        ) from error
     return _with_names(model, name)
 
 
