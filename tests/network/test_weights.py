@@ -24,8 +24,10 @@ import torch
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from epsanet.cli import main
+from epsanet.network.replace import psa_replace
 from epsanet.network.weights import (
     convert,
     create_model,
@@ -509,6 +511,36 @@ def test_the_number_of_class_names_must_be_the_number_of_classes(tmp_path: Path)
         save_model(tmp_path / "folder", tiny(), NAMES[:9])
     assert_one_line(raised)
     assert list(tmp_path.iterdir()) == []
+
+
+def replaced() -> Any:
+    model = tiny()
+    psa_replace(model, "conv1", kernel_sizes=(3,), groups=(1,))
+    return model
+
+
+def pruned() -> Any:
+    model = tiny()
+    prune.l1_unstructured(model.conv1, "weight", 0.5)
+    return model
+
+
+@pytest.mark.parametrize("change", [replaced, pruned])
+def test_a_network_that_was_changed_is_not_written_as_a_folder_that_nobody_can_load(
+    tmp_path: Path, change: Callable[[], Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"psa_replace.* \"conv1.weight\".*; keep its state_dict") as raised:
+        save_model(tmp_path / "folder", change(), NAMES)
+    assert_one_line(raised)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_with_other_classes_than_it_was_made_with_or_under_torch_compile_is_saved(tmp_path: Path) -> None:
+    model, x = tiny(), torch.randn(1, 3, 32, 32)
+    model.reset_classifier(3, "max")
+    save_model(tmp_path / "folder", torch.compile(model), NAMES[:3])
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "folder").model(x), model(x))
 
 
 def edit_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:

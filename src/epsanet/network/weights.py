@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from timm.data import ImageNetInfo, resolve_model_data_config
 from timm.layers import DropPath
+from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -131,11 +132,14 @@ def save_model(
         card: text of ``README.md``.
 
     Raises:
-        ValueError: when the number of names is not the network's number of classes.
+        ValueError: when the number of names is not the network's number of classes, or the network was changed after it
+            was made, so that a folder's description of it does not fit.
         OSError: when there is no room for it; it names the folder.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper puts that before every name
     if len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for a network of {model.num_classes} classes; give one each")
+    _check_unchanged(model)
     with atomic_folder(folder) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         # Not save_file, for which a full disk is no OSError.
@@ -148,6 +152,22 @@ def save_model(
         )
         _drop_num_classes(temporary / CONFIG_NAME)
         (temporary / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def _check_unchanged(model: Any) -> None:
+    """Refuse a network that is not what its name and arguments make: the folder holds those, and would not load."""
+    try:
+        with torch.device("meta"):
+            made = timm.create_model(model.pretrained_cfg["architecture"], **get_model_args(model))
+    except Exception:  # noqa: BLE001 - networks of other packages may need memory to be made; loading them tells
+        return
+    try:
+        made.load_state_dict({name: tensor.to("meta") for name, tensor in model.state_dict().items()})
+    except RuntimeError as error:
+        raise ValueError(
+            "the network was changed after it was made (by psa_replace?), and a model folder could not be loaded: "
+            f"{_first_line(error)}; keep its state_dict (torch.save) and how it was made"
+        ) from error
 
 
 def _drop_num_classes(path: Path) -> None:
