@@ -231,6 +231,12 @@ def test_a_folder_gives_the_same_detections(architecture: Architecture, tmp_path
             assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+def test_a_disk_without_room_for_a_detector_is_named_and_keeps_nothing_of_it(small_disk: Path) -> None:
+    with pytest.raises(OSError, match=f"No space left on device: '{small_disk / 'model'}'"):
+        save_detector(small_disk / "model", detector(fpn_channels=64), ["a", "b", "c"])
+    assert list(small_disk.iterdir()) == []
+
+
 def test_a_folder_of_a_classifier_is_no_detector(tmp_path: Path) -> None:
     save_model(tmp_path, create_model("epsanet14_tiny", num_classes=2), ["a", "b"])
     assert not is_detector(tmp_path)

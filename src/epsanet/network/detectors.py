@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -439,7 +439,8 @@ def save_detector(folder: str | Path, model: Detector, class_names: Sequence[str
     }
     with atomic_folder(folder) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        # Not save_file, for which a full disk is no OSError.
+        (temporary / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         (temporary / CARD_NAME).write_text(card, encoding="utf-8")
