@@ -28,6 +28,7 @@ from epsanet.deploy import export as export_module
 from epsanet.deploy import tune
 from epsanet.deploy.config import ExportConfig
 from epsanet.deploy.export import Exported, compare, export
+from epsanet.deploy.images import open_images
 from epsanet.deploy.portable import PortablePSA, portable
 from epsanet.network.bundle import RuntimeNetwork
 from epsanet.network.weights import LoadedModel, load_model
@@ -326,6 +327,17 @@ def test_images_of_other_classes_have_no_labels_and_are_refused_only_where_accur
     config = ExportConfig(images=str(tmp_path / "known"))
     assert export_module._images(config, loaded, said.append)[1].labels.tolist() == [3, 3, 7]
     assert said == [note]
+
+
+def test_linked_folders_hold_images_to_check_with(digits_folder: Path, tmp_path: Path) -> None:
+    class_folders(tmp_path / "store", {"cat": 2, "dog": 1})
+    (tmp_path / "data").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "store" / name)
+    loaded, said = load_model(digits_folder), list[str]()
+    found = open_images(str(tmp_path / "data"), loaded.data_config, loaded.class_names, None, note=said.append)
+    assert len(found) == 3
+    assert "without labels" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from epsanet.data.config import DataConfig
-from epsanet.data.images import IMAGE_SUFFIXES, ImageError, read_image
+from epsanet.data.images import IMAGE_SUFFIXES, ImageError, image_files, read_image
 from epsanet.data.loaders import evaluation_transform
 from epsanet.data.samples import DigitsSamples, Samples
 from epsanet.data.sources import open_split
@@ -118,7 +118,7 @@ def open_images(
     """
     folder, files = Path(source), list[Path]()
     if folder.is_dir() and not any(folder.glob("*.parquet")):
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        files = sorted(file for file in map(Path, image_files(folder)) if file.is_file())
         if not files:
             raise ValueError(f"{source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         if all(file.parent == folder for file in files):
