@@ -118,6 +118,17 @@ def test_links_in_a_circle_are_not_followed(tmp_path: Path) -> None:
     assert len(image_files(tmp_path)) == 3
 
 
+def test_a_folder_is_searched_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_folders(tmp_path, {"a": 2, "b": 1})
+    (tmp_path / "here").symlink_to(".")
+    wanted = ["a/000.png", "a/001.png", "b/000.png"]
+    for place, names in (("", (".", "./", "b/..", "here", tmp_path)), ("a", ("..", "../../" + tmp_path.name))):
+        monkeypatch.chdir(tmp_path / place)
+        for name in names:
+            found = [Path(path).resolve().relative_to(tmp_path.resolve()).as_posix() for path in image_files(name)]
+            assert sorted(found) == wanted, name
+
+
 def test_a_name_that_is_no_utf_8_can_be_printed_and_no_class_can_have_it(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     assert printable(name) == "caf\\xe9"

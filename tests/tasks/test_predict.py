@@ -131,6 +131,16 @@ def test_an_empty_folder_and_a_pattern_without_match_are_refused(tmp_path: Path)
         find_images([tmp_path / "*.png"])
 
 
+def test_an_empty_name_is_refused_and_does_not_mean_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"the empty name ''; give a file"):
+        find_images([""])
+    assert find_images(["."]) == ["./a.png"]
+
+
 def test_unreadable_files_are_rows_with_an_error_and_leave_the_others_alone(
     trained: Any, good: list[str], tmp_path: Path
 ) -> None:

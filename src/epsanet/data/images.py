@@ -103,18 +103,19 @@ def image_files(folder: str | Path) -> list[str]:
     """
     found: list[tuple[str, str]] = []
 
-    def walk(place: str, above: tuple[str, ...]) -> None:
+    def walk(place: str, above: frozenset[str]) -> None:
         real = os.path.realpath(place)
         if real in above:
             return
         with os.scandir(place) as entries:
             for entry in entries:
                 if _is_folder(entry):
-                    walk(entry.path, (*above, real))
+                    walk(entry.path, above | {real})
                 elif PurePath(entry.name).suffix.lower() in IMAGE_SUFFIXES:
                     found.append((place, entry.path))
 
-    walk(str(folder), (os.path.realpath(Path(folder).parent),))
+    parent = Path(os.path.abspath(folder)).parent  # noqa: PTH100 - Path(".").parent is ".", and that of ".." too
+    walk(str(folder), frozenset({os.path.realpath(parent)}) - {os.path.realpath(folder)})
     return [path for _, path in sorted(found)]
 
 

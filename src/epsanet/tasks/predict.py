@@ -46,10 +46,12 @@ def find_images(names: Sequence[str | Path]) -> list[str]:
         names: files, folders, or glob patterns (``**`` descends).
 
     Raises:
-        ValueError: when a folder holds no image or a pattern matches nothing.
+        ValueError: when a folder holds no image, a pattern matches nothing or a name is empty.
     """
     found: list[str] = []
     for name in map(str, names):
+        if not name:  # of a shell's variable that is not set; Path("") is the folder that one is in
+            raise ValueError("an image has the empty name ''; give a file, a folder or a pattern, . for this folder")
         path = Path(name)
         if path.is_dir():
             inside = sorted(image_files(path))
