@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import signal
 import subprocess
@@ -330,6 +331,50 @@ def test_an_output_that_is_a_folder_is_refused_before_the_work(
         with pytest.raises(ValueError, match=r"x\.parquet is a folder; choose another --output"):
             predict_to_parquet(MODEL, images, tmp_path / "x.parquet", **OPTIONS)
     assert not (tmp_path / "x.parquet.parts").exists()
+
+
+def test_the_same_command_started_twice_is_refused_while_the_first_is_at_work(
+    images: list[str], whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, said, original = tmp_path / "x.parquet", [], predict._Files.__getitem__
+
+    def item(self: Any, position: int) -> Any:
+        if position == 20:
+            with pytest.raises(
+                ValueError, match=r"another process is writing .*x\.parquet; wait for its end"
+            ) as raised:
+                predict_to_parquet(MODEL, images, output, **OPTIONS)
+            said.append(str(raised.value))
+        return original(self, position)
+
+    monkeypatch.setattr(predict._Files, "__getitem__", item)
+    assert predict_to_parquet(MODEL, images, output, **OPTIONS) == ParquetResult(rows=38, errors=2, resumed=0)
+    assert len(said) == 1
+    assert "\n" not in said[0]
+    assert output.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_without_locks_a_run_ends_when_another_has_finished_the_output(
+    images: list[str], whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one finishes while the first, of two processes, waits for parts that nobody writes."""
+    output = tmp_path / "x.parquet"
+
+    def without(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def other(_: float) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "1")
+            assert predict_to_parquet(MODEL, images, output, **OPTIONS) is not None
+        assert not (tmp_path / "x.parquet.parts").exists()
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parquet.fcntl, "flock", without)
+    monkeypatch.setattr(parquet.time, "sleep", other)
+    assert predict_to_parquet(MODEL, images, output, **OPTIONS) == ParquetResult(rows=38, errors=2, resumed=0)
+    assert output.read_bytes() == whole
 
 
 @pytest.mark.parametrize(("rank", "processes"), [("2", "2"), ("x", "2"), ("0", "")])

@@ -8,6 +8,9 @@ merged file has the same bytes whoever did which part and however often it was i
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -39,6 +42,8 @@ __all__ = ["ParquetResult", "predict_to_parquet", "process_of_many"]
 
 _DESCRIPTION, _METADATA = "job.json", b"epsanet"
 _SECONDS_BETWEEN_LOOKS = 0.5
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems say that have none."""
 
 
 def _unsaid(_: str) -> None:
@@ -97,8 +102,8 @@ def predict_to_parquet(
         What is in the file; nothing in a process that leaves merging to the first.
 
     Raises:
-        ValueError: for a model, device, folder or pattern that is not there, or when the parts that are there are those
-            of another model, other images or other arguments.
+        ValueError: for a model, device, folder or pattern that is not there, when the parts that are there are those
+            of another model, other images or other arguments, or while another run is writing them.
     """
     check_output(output)
     if Path(output).suffix != ".parquet":
@@ -110,32 +115,33 @@ def predict_to_parquet(
     evaluation_transform(loaded.data_config)  # before anything is written, it refuses a network that RGB does not fit
     paths = find_images(images)
     job = _Job(Path(output), len(paths), _describe(loaded, paths, topk, batch_size, place))
-    if not job.begin():
-        return job.result(resumed=len(paths))
-    missing = job.missing()
-    resumed = len(paths) - sum(len(job.parts[part]) for part in missing)
-    if resumed and rank == 0:
-        messages.print(f"resuming: {resumed:,} of {len(paths):,} rows are in {job.folder}")
-    own = [part for part in missing if part % processes == rank]
-    try:
-        batches = [
-            rows[first : first + batch_size]
-            for rows in map(job.parts.__getitem__, own)
-            for first in range(0, len(rows), batch_size)
-        ]
-        known = min(topk, len(loaded.class_names))
-        rows = predict_batches(loaded, paths, batches, known, workers, place, messages.print if rank == 0 else _unsaid)
-        _watch(job.write(own, rows, topk), sum(map(len, batches)), "predicting", rank)
-        if rank > 0:
-            return None
-        others = job.missing()
-        _watch(job.wait(others), len(others), "waiting for the parts of other processes", rank)
-    except KeyboardInterrupt:
-        if rank == 0:
-            messages.print(f"what is done is in {job.folder}; the same command goes on from there")
-        raise
-    job.merge()
-    return job.result(resumed=resumed)
+    with job.begun(rank):
+        missing = job.missing()
+        if job.is_finished():  # asked after the parts, which are removed after the end
+            return job.result(resumed=len(paths))
+        resumed = len(paths) - sum(len(job.parts[part]) for part in missing)
+        if resumed and rank == 0:
+            messages.print(f"resuming: {resumed:,} of {len(paths):,} rows are in {job.folder}")
+        own = [part for part in missing if part % processes == rank]
+        try:
+            batches = [
+                rows[first : first + batch_size]
+                for rows in map(job.parts.__getitem__, own)
+                for first in range(0, len(rows), batch_size)
+            ]
+            known, note = min(topk, len(loaded.class_names)), messages.print if rank == 0 else _unsaid
+            rows = predict_batches(loaded, paths, batches, known, workers, place, note)
+            _watch(job.write(own, rows, topk), sum(map(len, batches)), "predicting", rank)
+            if rank > 0:
+                return None
+            others = job.missing()
+            _watch(job.wait(others), len(others), "waiting for the parts of other processes", rank)
+        except KeyboardInterrupt:
+            if rank == 0:
+                messages.print(f"what is done is in {job.folder}; the same command goes on from there")
+            raise
+        job.merge()
+        return job.result(resumed=resumed)
 
 
 def _watch(items: Iterable[object], total: int, title: str, rank: int) -> None:
@@ -180,24 +186,63 @@ class _Job:
         self.images, self.description = images, description
         self.parts = [range(first, min(first + PARQUET_ROWS, images)) for first in range(0, images, PARQUET_ROWS)]
 
-    def begin(self) -> bool:
-        """Make the folder or find that of an earlier run; whether there is something left to do.
+    @contextlib.contextmanager
+    def begun(self, rank: int) -> Iterator[None]:
+        """Make the folder or find that of an earlier run, for a block that no other run disturbs; where the output is
+        finished after it, the folder is removed.
+
+        Args:
+            rank: of this process; each has a lock of its own.
 
         Raises:
-            ValueError: when the folder holds something else.
+            ValueError: when the folder holds something else, or another run is at work.
         """
-        if self._is_finished():
-            if (self.folder / _DESCRIPTION).is_file():  # else it is not ours
-                shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.ExitStack() as held:
+            while not self.is_finished():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # another run has ended this moment, and removed it
+                    held.enter_context(self._locked(rank))
+                    break
+            if not self.is_finished():
+                self._check()
+            yield
+        # Not in the block: of a folder with an open file something stays on NFS.
+        if self.is_finished() and not self._is_foreign():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _locked(self, rank: int) -> Iterator[None]:
+        """The system gives the lock back however the process ends."""
+        with (self.folder / f".{rank}.lock").open("wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"another process is writing {self.output}; wait for its end, or choose another --output"
+                ) from error
+            except OSError as error:
+                if error.errno not in _WITHOUT_LOCKS:
+                    raise
+            yield
+
+    def _is_foreign(self) -> bool:
+        """Whether the folder holds files, and no description of a prediction."""
+        try:
+            names = {file.name for file in self.folder.iterdir()}
+        except (FileNotFoundError, NotADirectoryError):
             return False
-        self.folder.mkdir(parents=True, exist_ok=True)
+        return _DESCRIPTION not in names and any(not name.startswith(".") for name in names)
+
+    def _check(self) -> None:
+        if self._is_foreign():
+            for lock in self.folder.glob(".*.lock"):
+                lock.unlink()
+            raise ValueError(f"{self.folder} holds no parts of a prediction; remove it or choose another --output")
         path = self.folder / _DESCRIPTION
         if not path.is_file():
-            if any(not file.name.startswith(".") for file in self.folder.iterdir() if file != path):
-                raise ValueError(f"{self.folder} holds no parts of a prediction; remove it or choose another --output")
             with atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(self.description), encoding="utf-8")
-            return True
+            return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             different = [key for key, value in self.description.items() if found.get(key) != value]
@@ -208,9 +253,8 @@ class _Job:
                 f"{self.folder} holds parts of another prediction: not the same {', '.join(different)}; go on with the "
                 "former arguments, remove that folder, or choose another --output"
             )
-        return True
 
-    def _is_finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether the output is there and is of this very prediction."""
         from pyarrow import ArrowException, parquet
 
@@ -241,20 +285,22 @@ class _Job:
             yield from write_predictions(self._path(part), itertools.islice(rows, len(self.parts[part])), topk)
 
     def wait(self, parts: Iterable[int]) -> Iterator[int]:
-        """Give each part when another process has written it."""
+        """Give each part when another process has written it, or another run, where there are no locks, the output."""
         for part in parts:
-            while not self._is_whole(part):
+            while not (self._is_whole(part) or self.is_finished()):
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
             yield part
 
     def merge(self) -> None:
-        """Write the output from the parts, a row group each, and remove them.
+        """Write the output from the parts, a row group each.
 
         Raises:
             ValueError: when a part is damaged.
         """
         from pyarrow import ArrowException, parquet
 
+        if self.is_finished():
+            return
         with atomic_file(self.output) as temporary:
             writer = None
             for part in range(len(self.parts)):
@@ -268,7 +314,6 @@ class _Job:
                 writer.write_table(table.replace_schema_metadata(metadata))
             assert writer is not None
             writer.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def result(self, resumed: int) -> ParquetResult:
         """What is in the output."""
