@@ -19,6 +19,8 @@ from PIL import Image
 from epsanet.data.images import ImageError
 from epsanet.web.uploads import MAX_BYTES, Room, check_upload
 
+KB = 1024
+
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
 
 
@@ -103,7 +105,7 @@ def aged(path: Path, seconds: float, size: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_old_files_go_and_young_and_permanent_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = Room(tmp_path, most=1000)
+    room = Room(tmp_path, most=1000 * KB)
     old = aged(tmp_path / "a" / "old", 700, 10, monkeypatch)
     young = aged(tmp_path / "b" / "young", 500, 10, monkeypatch)
     page = aged(tmp_path / "c" / "page", 10_000, 10, monkeypatch)
@@ -114,24 +116,66 @@ def test_old_files_go_and_young_and_permanent_ones_stay(tmp_path: Path, monkeypa
 
 
 def test_the_oldest_makes_way_where_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = Room(tmp_path, most=1000)
-    first = aged(tmp_path / "a" / "first", 300, 400, monkeypatch)
-    second = aged(tmp_path / "b" / "second", 200, 400, monkeypatch)
+    room = Room(tmp_path, most=100_000 * KB)
+    first = aged(tmp_path / "a" / "first", 300, 40_000 * KB, monkeypatch)
+    second = aged(tmp_path / "b" / "second", 200, 40_000 * KB, monkeypatch)
     room.sweep()
-    assert room.admit(100)
+    promised = room.admit(1000 * KB)
+    assert promised > 1000 * KB
     assert first.exists()
-    assert not room.admit(1001), "nothing makes way for what would not fit even then"
-    assert room.admit(150), "200 are free, of which 100 were promised and never came"
-    assert room.admit(400)
+    assert not room.admit(100_001 * KB), "nothing makes way for what would not fit even then"
+    room.release(promised)
+    assert room.admit(11_000 * KB), "20 MB are free; what was promised never came"
+    assert first.exists()
+    assert room.admit(30_000 * KB)
     assert (first.exists(), second.exists()) == (False, True)
 
 
 def test_a_file_that_was_just_sent_never_makes_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = Room(tmp_path, most=1000)
-    fresh = aged(tmp_path / "a" / "fresh", 30, 900, monkeypatch)
+    room = Room(tmp_path, most=20_000 * KB)
+    fresh = aged(tmp_path / "a" / "fresh", 30, 15_000 * KB, monkeypatch)
     room.sweep()
-    assert not room.admit(200)
+    assert not room.admit(200 * KB)
     assert fresh.exists()
+
+
+def test_what_is_under_way_is_not_promised_again_after_a_sweep(tmp_path: Path) -> None:
+    room = Room(tmp_path, most=100_000 * KB)
+    under_way = room.admit(60_000 * KB)
+    room.sweep()
+    assert not room.admit(40_000 * KB)
+    room.release(under_way)
+    assert room.admit(40_000 * KB)
+
+
+def test_what_comes_while_a_sweep_looks_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room, walk = Room(tmp_path, most=100_000 * KB), os.walk
+
+    def and_then_a_request_ends(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        yield from list(walk(folder))
+        room.release(room.admit(60_000 * KB))
+
+    monkeypatch.setattr(os, "walk", and_then_a_request_ends)
+    room.sweep()
+    assert room._taken() > 60_000 * KB
+
+
+def test_many_small_files_take_no_more_than_their_room(tmp_path: Path) -> None:
+    """A request of a thousand empty files, each of which the page puts into a folder of its own."""
+
+    def on_disk() -> int:
+        return sum(512 * path.stat().st_blocks for path in tmp_path.rglob("*"))
+
+    room, requests = Room(tmp_path, most=20_000 * KB), 0
+    while kept := room.admit(80 * KB):
+        for number in range(1000):
+            folder = tmp_path / f"{requests}-{number}"
+            folder.mkdir()
+            (folder / "a.png").write_bytes(b"x")
+        requests += 1
+        room.release(kept)
+    assert requests == 2
+    assert on_disk() <= room.most
 
 
 def test_many_sweeps_at_once_disturb_neither_each_other_nor_who_comes(tmp_path: Path) -> None:
@@ -141,8 +185,9 @@ def test_many_sweeps_at_once_disturb_neither_each_other_nor_who_comes(tmp_path: 
         (tmp_path / str(number) / "a.png").write_bytes(b"x")
     with ThreadPoolExecutor(8) as visitors:
         swept = [visitors.submit(room.sweep) for _ in range(16)]
-        admitted = [visitors.submit(room.admit, room.most) for _ in range(16)]
+        admitted = [visitors.submit(room.admit, room.most * 2 // 3) for _ in range(16)]
     assert [job.exception() for job in (*swept, *admitted)] == [None] * 32
+    assert sum(job.result() > 0 for job in admitted) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,7 +207,7 @@ def test_a_folder_that_somebody_else_deletes_does_not_end_a_sweep(
 
 
 def test_the_latest_sweep_says_how_much_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room, walk, go_on = Room(tmp_path, most=1000), os.walk, threading.Event()
+    room, walk, go_on = Room(tmp_path, most=20_000 * KB), os.walk, threading.Event()
 
     def slow_first_walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
         places = list(walk(folder))
@@ -175,12 +220,12 @@ def test_the_latest_sweep_says_how_much_is_there(tmp_path: Path, monkeypatch: py
         first = sweeps.submit(room.sweep)
         while os.walk is slow_first_walk:
             time.sleep(0.001)
-        (tmp_path / "later.png").write_bytes(b"x" * 900)
+        (tmp_path / "later.png").write_bytes(b"x" * 15_000 * KB)
         second = sweeps.submit(room.sweep)
         wait([second], timeout=0.2)
         go_on.set()
     assert first.result() is second.result() is None
-    assert not room.admit(200), "900 of 1000 are taken"
+    assert not room.admit(200 * KB), "15 of 20 MB are taken"
 
 
 def test_a_room_holds_what_is_inside_it_and_nothing_that_a_link_leads_out_to(tmp_path: Path) -> None:

@@ -22,6 +22,12 @@ _MAX_PIXELS = 64_000_000
 _MAX_RATIO = 100
 """Of the longer side to the shorter: networks enlarge the shorter one to hundreds of pixels, and the longer with it."""
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_BESIDE = 8192
+"""Bytes that a file may take beside its content: its folder, and the rest of a block."""
+_MOST_FILES = 1000
+"""Of one request, as Gradio takes; each is put into a folder of its own."""
+_LEAST_PART = 40
+"""Bytes that a file takes in a request, even an empty one."""
 
 
 def check_upload(path: Path) -> None:
@@ -72,7 +78,9 @@ class Room:
         self.folder, self.most, self.keep_seconds, self.guard_seconds = folder, most, keep_seconds, guard_seconds
         self.permanent: Collection[str] = frozenset()
         """Paths of files that stay: those of the page itself."""
-        self._used, self._sweeping = 0, threading.Lock()
+        self._used = self._promised = self._left = 0
+        """Bytes that the last sweep found, of requests that are under way, and of those that ended since that sweep."""
+        self._sweeping, self._counting = threading.Lock(), threading.Lock()
 
     def holds(self, path: str) -> bool:
         """Whether a path leads to a file inside the folder, with links followed."""
@@ -81,19 +89,37 @@ class Room:
         place = Path(os.path.realpath(path))
         return place.is_relative_to(self.folder) and place.is_file()
 
-    def admit(self, size: int) -> bool:
-        """Whether there is room for so many bytes; old files make way."""
-        if size <= self.most < self._used + size:
-            self.sweep(size)
-        if self._used + size > self.most:
-            return False
-        self._used += size  # until the next sweep looks
-        return True
+    def admit(self, size: int) -> int:
+        """Keep room for a request of so many bytes until ``release``; old files make way.
+
+        Returns:
+            Bytes that are kept, as it may consist of many small files; 0 where there is no room.
+        """
+        kept = size + _BESIDE * (1 + min(size // _LEAST_PART, _MOST_FILES))
+        if kept <= self.most < self._taken() + kept:
+            self.sweep(kept)
+        with self._counting:
+            if self._taken() + kept > self.most:
+                return 0
+            self._promised += kept
+        return kept
+
+    def release(self, kept: int) -> None:
+        """The request is over; until the next sweep looks, what it left counts as what was kept for it."""
+        with self._counting:
+            self._promised -= kept
+            self._left += kept
+
+    def _taken(self) -> int:
+        return self._used + self._promised + self._left
 
     def sweep(self, size: int = 0) -> None:
         """Delete what is old, and what is oldest where there is no room for so many bytes; one sweep at a time."""
         with self._sweeping:
-            self._used = self._swept(size)
+            left = self._left  # what ends from now on may not be seen
+            used = self._swept(size + self._promised)
+            with self._counting:
+                self._used, self._left = used, self._left - left
 
     def _swept(self, size: int) -> int:
         """Bytes that are left."""
@@ -107,7 +133,7 @@ class Room:
                     status = path.lstat()
                 except FileNotFoundError:
                     continue
-                found.append((status.st_ctime, status.st_size, path))
+                found.append((status.st_ctime, _on_disk(status), path))
         used = sum(bytes_ for _, bytes_, _ in found)
         for changed, bytes_, path in sorted(found):
             crowded = used + size > self.most and now - changed > self.guard_seconds
@@ -119,3 +145,9 @@ class Room:
                 with contextlib.suppress(OSError):  # other files are in it, or come this moment
                     path.parent.rmdir()
         return used
+
+
+def _on_disk(status: os.stat_result) -> int:
+    """Bytes that a file takes, which are more than it holds."""
+    blocks: int | None = getattr(status, "st_blocks", None)  # Windows has none
+    return max(status.st_size, 512 * (blocks or 0)) + _BESIDE
