@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import threading
@@ -12,6 +13,10 @@ from urllib.parse import quote
 
 import pytest
 from conftest import DIGITS, Server, load
+
+from epsanet.web.gate import Gate
+from epsanet.web.serve import _hosts
+from epsanet.web.uploads import Room
 
 API = "/gradio_api"
 JSON = {"content-type": "application/json"}
@@ -158,6 +163,8 @@ def test_too_much_is_refused_before_it_is_kept(server: Server) -> None:
     body = b"[" + b"1," * 40_000 + b"1]"
     assert server.visitor.ask("POST", f"{API}/call/predict", body, JSON).status == 413
     assert kept() == before
+    assert server.visitor.ask("GET", f"{API}/upload_progress?upload_id={'x' * 500}").status == 414
+    assert server.visitor.ask("POST", f"{API}/upload?upload_id={'x' * 60_000}", b"").status == 414
     nested = b'{"data":' + b"[" * 30_000 + b"]" * 30_000 + b"}"
     assert server.visitor.ask("POST", f"{API}/call/predict", nested, JSON).status in (400, 413)
     assert server.visitor.ask("POST", f"{API}/call/predict", b"{", JSON).status == 400
@@ -168,6 +175,50 @@ def test_the_page_answers_to_its_own_name_only(server: Server, headers: dict[str
     answer = server.visitor.ask("GET", "/", headers=headers)
     assert answer.status == 403
     assert answer.json() == {"detail": "this page answers to its own address only"}
+
+
+def ask(gate: Gate, method: str, path: str, headers: dict[str, str]) -> int:
+    """The status of a request without a body, passed on without a server."""
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    lines = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": lines}
+    asyncio.run(gate(scope, receive, send))
+    status: int = sent[0]["status"]
+    return status
+
+
+async def fine(_: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "http.response.start", "status": 200})
+
+
+def test_a_web_server_before_the_page_may_pass_on_its_own_name(tmp_path: Path) -> None:
+    for names, status in (([], 403), (["example.org"], 200)):
+        gate = Gate(fine, Room(tmp_path), _hosts("127.0.0.1", names), lambda *_: None)
+        for host in ("127.0.0.1:7860", "example.org"):
+            headers = {"host": host, "origin": "https://example.org"}
+            assert ask(gate, "POST", f"{API}/upload", headers) == status, (names, host)
+            assert ask(gate, "POST", f"{API}/upload", {**headers, "origin": "https://evil.example"}) == 403
+
+
+def test_the_room_for_an_upload_is_given_back_however_it_ends(tmp_path: Path) -> None:
+    room = Room(tmp_path)
+
+    async def broken(*_: Any) -> None:
+        assert not room.admit(room.most - 2 * 10**7), "the upload has its room"
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        ask(Gate(broken, room, frozenset(), lambda *_: None), "POST", f"{API}/upload", {"content-length": str(10**7)})
+    room.sweep()
+    assert room.admit(room.most - 2 * 10**7)
 
 
 def test_the_browser_is_told_to_load_nothing_from_elsewhere(server: Server) -> None:

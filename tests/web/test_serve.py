@@ -38,6 +38,7 @@ def taken() -> Iterator[int]:
             "host=no.such.name.invalid is no address of this machine",
         ),
         ([DIGITS, "--port=0", "--host=192.0.2.1"], "of 192.0.2.1 cannot be had"),
+        ([DIGITS, "--port=0", "--names=[https://example.org]"], "names='https://example.org' is no host name; give it"),
         ([DIGITS, "--port=0", "--examples={tmp}"], "holds no images"),
         ([DIGITS, "--port=0", "--examples=nowhere"], "there is no folder 'nowhere' of pictures to try"),
     ],
@@ -89,9 +90,34 @@ def test_files_are_deleted_after_an_error_too(
 
     monkeypatch.setattr(serve, "_SWEEP_SECONDS", 0.001)
     with pytest.raises(SystemExit):
-        serve._sweep(Broken())
+        serve._sweep(Broken().sweep)
     assert outcomes == []
     assert "the disk is gone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("host", "names", "hosts"),
+    [
+        ("127.0.0.1", [], {"127.0.0.1", "localhost", "::1"}),
+        ("127.0.0.1", ["Example.org"], {"127.0.0.1", "localhost", "::1", "example.org"}),
+        ("0.0.0.0", [], set()),
+        ("0.0.0.0", ["example.org"], {"127.0.0.1", "localhost", "::1", "0.0.0.0", "example.org"}),
+    ],
+)
+def test_the_page_answers_to_the_names_it_is_given(host: str, names: list[str], hosts: set[str]) -> None:
+    """What the gate does with them, ``test_the_page_answers_to_its_own_name_only`` tells."""
+    assert serve._hosts(host, names) == hosts
+
+
+def test_ids_of_uploads_are_forgotten() -> None:
+    pytest.importorskip("gradio")
+    from gradio.routes import file_upload_statuses as uploads
+
+    for number in range(serve._UPLOAD_IDS + 10):
+        uploads.set_done(str(number))
+    serve._forget_uploads()
+    for ids in (uploads._statuses, uploads._signals):
+        assert list(ids) == [str(number) for number in range(10, serve._UPLOAD_IDS + 10)]
 
 
 def test_sigterm_while_somebody_is_connected_ends_it_at_once_and_leaves_nothing(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("--port", type=int, default=7860, help="To listen at; 0 for any that is free.")
     parser.add_argument("--host", type=str, default="127.0.0.1", help="To listen at; 0.0.0.0 to be seen by others.")
+    parser.add_argument("--names", type=list[str], default=[], help="Of the web server before it: '[example.org]'.")
     parser.add_argument("--examples", type=str | None, default=None, help="Folder of pictures to try.")
     return parser
 

@@ -35,6 +35,8 @@ _BY_NUMBER = re.compile(rf"{_API}/(queue/join|run/predict)/?")
 _SERVED = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 _MAX_JSON = 64 * 2**10
 _MAX_FORM = MAX_BYTES + 64 * 2**10
+_MAX_QUERY = 512
+"""Gradio keeps ids that come in it."""
 
 _HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -74,6 +76,7 @@ class Gate:
         if scope["type"] != "http":
             return  # the page needs no web sockets
         refused: _RefusedError | None = None
+        kept = 0
 
         async def send_unless_refused(message: MutableMapping[str, Any]) -> None:
             if refused is None:  # else it is the application's idea of what went wrong
@@ -88,19 +91,23 @@ class Gate:
                 raise
 
         try:
-            checked = await self._checked(scope, receive)
+            checked, kept = await self._checked(scope, receive)
             await self.app(scope, receive_or_refuse, send_unless_refused)
         except Exception as error:
             refused = error if isinstance(error, _RefusedError) else refused
             if refused is None:
                 raise
+        finally:
+            self.room.release(kept)
         if refused is not None:
             await _answer(send, refused.status, refused.detail)
 
-    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
-        """What the application receives, or ``_RefusedError``."""
+    async def _checked(self, scope: Scope, receive: Receive) -> tuple[Receive, int]:
+        """What the application receives, and bytes that are kept for it in the room, or ``_RefusedError``."""
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         self._check_names(headers)
+        if len(scope["query_string"]) > _MAX_QUERY:
+            raise _RefusedError(414, f"more than {_MAX_QUERY} bytes after the question mark")
         path: str = scope["path"]
         if scope["method"] in ("GET", "HEAD"):
             if (
@@ -109,7 +116,7 @@ class Gate:
                 or (path.startswith(_FILE) and not self._may_serve(path))
             ):
                 raise _RefusedError(404, "there is nothing here")
-            return receive
+            return receive, 0
         if scope["method"] != "POST" or not _POST.fullmatch(path):
             raise _RefusedError(404, "there is nothing here")
         upload = path.startswith(f"{_API}/upload")
@@ -118,10 +125,11 @@ class Gate:
         if length.isdigit() and int(length) > limit:
             raise _RefusedError(413, f"more than {limit // 2**10:,} KB; send a smaller picture")
         if upload:
-            if not self.room.admit(int(length) if length.isdigit() else limit):
+            kept = self.room.admit(int(length) if length.isdigit() else limit)
+            if not kept:
                 raise _RefusedError(503, "there is no room for more pictures at the moment; try again in a minute")
-            return _limited(receive, limit)
-        return await self._checked_json(path, _limited(receive, limit))
+            return _limited(receive, limit), kept
+        return await self._checked_json(path, _limited(receive, limit)), 0
 
     def _check_names(self, headers: dict[str, str]) -> None:
         if not self.hosts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -21,6 +22,9 @@ __all__ = ["serve"]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _CONNECTIONS = 256
 _SWEEP_SECONDS = 15.0
+_UPLOAD_IDS = 1000
+"""More than can be under way."""
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _TERMINATED = 128 + signal.SIGTERM
 _LOGGER = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 7860,
+    names: Sequence[str] = (),
     examples: str | None = None,
     note: Callable[[str], None] = print,
 ) -> None:
@@ -39,12 +44,16 @@ def serve(
         models: whatever ``load_model`` and ``load_detector`` take; the weights of this package when left out.
         host: name or address to listen at; 0.0.0.0 for all of this machine's.
         port: to listen at; 0 for any that is free.
+        names: host names under which a web server before the page is reached. On loopback the page answers to them and
+            to its own address only; elsewhere to any name, unless there are some.
         examples: folder of pictures to try; those that come with scikit-learn when left out.
         note: told what the user should know: the page's address.
 
     Raises:
-        ValueError: for a model or folder that is not there, a port that is taken, or without Gradio.
+        ValueError: for a model or folder that is not there, a port that is taken, a name that is none, or without
+            Gradio.
     """
+    hosts = _hosts(host, names)
     require("gradio", "web")
     require("captum", "insight")
     with (
@@ -53,9 +62,9 @@ def serve(
         tempfile.TemporaryDirectory(prefix="epsanet-serve-") as folder,
     ):
         os.environ |= {"GRADIO_TEMP_DIR": str(Path(folder).resolve() / "files"), "GRADIO_ANALYTICS_ENABLED": "False"}
-        app, names = _application(list(models) or list(shipped_folders()), Path(folder).resolve(), host, examples)
+        app, served = _application(list(models) or list(shipped_folders()), Path(folder).resolve(), hosts, examples)
         address = f"[{host}]" if ":" in host else host
-        note(f"http://{address}:{listener.getsockname()[1]}  {', '.join(names)}")
+        note(f"http://{address}:{listener.getsockname()[1]}  {', '.join(served)}")
         note("Ctrl-C ends it" if host in _LOOPBACK else "whoever reaches this machine can use it; Ctrl-C ends it")
         _run(app, listener)
 
@@ -93,7 +102,19 @@ def _listening(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _application(sources: list[str], folder: Path, host: str, examples: str | None) -> tuple[Any, list[str]]:
+def _hosts(host: str, names: Sequence[str]) -> frozenset[str]:
+    """Names that the page answers to; any when empty."""
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"names={name!r} is no host name; give it without https:// and port, such as example.org")
+    if host not in _LOOPBACK and not names:
+        return frozenset()
+    return frozenset({*_LOOPBACK, host, *(name.lower() for name in names)})
+
+
+def _application(
+    sources: list[str], folder: Path, hosts: frozenset[str], examples: str | None
+) -> tuple[Any, list[str]]:
     """The page behind its gate, and the names of its models."""
     from epsanet.tasks.predict import find_images
     from epsanet.web.examples import write_examples
@@ -138,18 +159,27 @@ def _application(sources: list[str], folder: Path, host: str, examples: str | No
         footer_links=[],
     )
     room.permanent = frozenset(str(path) for path in room.folder.rglob("*"))
-    threading.Thread(target=_sweep, args=(room,), daemon=True).start()
-    hosts = frozenset({*_LOOPBACK, host}) if host in _LOOPBACK else frozenset[str]()
+    threading.Thread(target=_sweep, args=(room.sweep, _forget_uploads), daemon=True).start()
     return Gate(app, room, hosts, Calls(page).mistake), list(models)
 
 
-def _sweep(room: Any) -> None:
+def _sweep(*jobs: Callable[[], None]) -> None:
     pause = threading.Event()
     while not pause.wait(_SWEEP_SECONDS):
-        try:
-            room.sweep()
-        except Exception:  # without this thread nothing would be deleted
-            _LOGGER.exception("uploads could not be deleted; this is tried again")
+        for job in jobs:
+            try:
+                job()
+            except Exception:  # without this thread nothing would be deleted
+                _LOGGER.exception("uploads could not be deleted; this is tried again")
+
+
+def _forget_uploads() -> None:
+    """Gradio keeps the id of each upload whose progress nobody follows to the end."""
+    from gradio.routes import file_upload_statuses as uploads
+
+    for ids in (uploads._statuses, uploads._signals):
+        for old in list(ids)[:-_UPLOAD_IDS]:
+            ids.pop(old, None)
 
 
 def _run(app: Any, listener: socket.socket) -> None:
