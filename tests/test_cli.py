@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import torch
 from making import class_folders
 from PIL import Image
 
+from epsanet._files import atomic_folder
 from epsanet.cli import main
 from epsanet.tasks.config import TrainConfig, load_recipe
 
@@ -241,6 +244,92 @@ def test_ctrl_c_before_training_is_exit_code_130(run: Run, monkeypatch: pytest.M
     code, _, errors = run("models")
     assert code == 130
     assert errors == "epsanet: interrupted\n"
+
+
+class OutOfMemoryError(RuntimeError):
+    """Torch's is called so."""
+
+
+class BackendCompilerFailed(RuntimeError):  # noqa: N818
+    """Torch's is called so."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OutOfMemoryError("CUDA"), "CUDA; use a smaller --data.batch_size (predict: --batch_size)"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9\nmore"),
+            "can't allocate memory: you tried 9; use a smaller --data.batch_size",
+        ),
+        (MemoryError(), "MemoryError; use a smaller --data.batch_size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "Killed.; use fewer --data.workers"),
+        (RuntimeError("unable to write to a file of shared memory"), "shared memory; use fewer --data.workers"),
+        (
+            BackendCompilerFailed("backend='inductor' raised:\n" + "x" * 9999),
+            "raised:; torch.compile does not work here",
+        ),
+        (OutOfMemoryError("x" * 9999), f"epsanet: {'x' * 300}; use"),
+    ],
+    ids=range(7),
+)
+def test_what_the_machine_cannot_do_is_one_line_with_a_remedy(
+    error: Exception, said: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("epsanet.cli.models.run", fail)
+    fails(run("models"), said)
+    with pytest.raises(type(error)):
+        run("models", "--debug")
+
+
+@pytest.mark.parametrize(
+    "text", ["mat1 and mat2 cannot be multiplied", "Caught RuntimeError in DataLoader worker process 0.\nOriginal"]
+)
+def test_a_fault_of_the_package_is_a_traceback(text: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("epsanet.cli.models.run", fail)
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        run("models")
+
+
+def test_a_character_that_the_terminal_lacks_is_printed_as_its_number() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "epsanet", "study", "--help"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"train networks \\xd7 seeds" in done.stdout
+
+
+def test_sigterm_to_the_program_removes_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: list[object] = []
+
+    def stopped(*_: object) -> int:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        with atomic_folder(tmp_path / "packed") as folder:
+            (folder / "shard.tar").write_bytes(b"x")
+            if handlers[-1] != before:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("epsanet.cli.models.run", stopped)
+    monkeypatch.setattr(sys, "argv", ["epsanet", "models"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert main(["models"]) == 0
+    assert handlers[1] == before, "who calls it from Python has handlers of their own"
 
 
 # Evaluation and prediction

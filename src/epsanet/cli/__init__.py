@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -29,16 +33,45 @@ COMMANDS = {
 that has commands of its own adds them in ``add_parts``, which returns the parser of each."""
 
 
+_OWN_SIGTERM = {"train", "evaluate", "study", "serve"}
+"""Commands that handle SIGTERM themselves; Lightning would call another handler beside its own."""
+_MOST_CHARACTERS = 300
+"""Of what a library says that is not to fill a screen."""
+_REMEDIES = (
+    (
+        {"InvalidCxxCompiler", "BackendCompilerFailed", "InductorError"},
+        None,
+        "torch.compile does not work here: leave --compile out",
+    ),
+    (
+        set[str](),
+        r"shared memory|DataLoader worker \(pid",  # an error in a worker has no number of the process
+        "use fewer --data.workers (predict: --workers), or a container with more memory",
+    ),
+    (
+        {"OutOfMemoryError", "MemoryError"},
+        r"can't allocate memory|out of memory",
+        "use a smaller --data.batch_size (predict: --batch_size)",
+    ),
+)
+"""What to do about errors of the machine, by name of their type or by text."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 for the user's mistakes, 130 after Ctrl-C, and SIGTERM to train or evaluate.
 
     Args:
-        arguments: of the command line, without the program's name.
+        arguments: of the command line, without the program's name. When left out, this is the program, and SIGTERM ends
+            it as ``SystemExit``, so that temporary files are removed.
     """
+    _print_whatever_comes()
     words = _normalised(list(sys.argv[1:] if arguments is None else arguments))
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
+        if arguments is None and _chosen(words) not in _OWN_SIGTERM:
+            with _ended_by_sigterm():
+                return _run(words)
         return _run(words)
     except KeyboardInterrupt:
         print("epsanet: interrupted", file=sys.stderr)
@@ -51,6 +84,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _print_error(error)
         return EXIT_USER
+    except (RuntimeError, MemoryError) as error:
+        remedy = _remedy(error)
+        if debug or remedy is None:
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        _print_error(ValueError(f"{first[:_MOST_CHARACTERS]}; {remedy}"))
+        return EXIT_USER
+
+
+def _print_whatever_comes() -> None:
+    """A terminal that does not know a character must not cost the result that it is in."""
+    for stream in (sys.stdout, sys.stderr):
+        encoding, reconfigure = getattr(stream, "encoding", None), getattr(stream, "reconfigure", None)
+        if reconfigure is not None and str(encoding).lower() not in ("utf-8", "utf8"):
+            reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # timeout sends it twice, and the second would end the cleaning
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _remedy(error: Exception) -> str | None:
+    """What to do about an error of the machine; nothing for a fault of this package."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    for kinds, pattern, remedy in _REMEDIES:
+        if names & kinds or (pattern is not None and re.search(pattern, str(error))):
+            return remedy
+    return None
 
 
 def _print_error(error: Exception) -> None:
@@ -85,6 +159,11 @@ def _normalised(words: list[str]) -> list[str]:
     return result
 
 
+def _chosen(words: list[str]) -> str:
+    """The command; empty where there is none."""
+    return next((word for word in words if word in COMMANDS), "")
+
+
 def _run(words: list[str]) -> int:
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -96,7 +175,7 @@ def _run(words: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subcommands(required=True, dest="command")
-    chosen = next((word for word in words if word in COMMANDS), "")
+    chosen = _chosen(words)
     command: Any = import_module(f"epsanet.cli.{chosen}") if chosen else None
     flags: dict[str, ArgumentParser] = {}
     for name, text in COMMANDS.items():

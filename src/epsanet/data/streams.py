@@ -159,7 +159,7 @@ class Stream:
             rows = _shuffled(self._rows(order, part), generator)
         for number, (image, label, position) in enumerate(rows):
             if number >= part.skip:
-                yield self._source(image), self._place(label, position), position
+                yield self._source(image, position), self._place(label, position), position
 
     def _rows(self, order: Sequence[int], part: Part) -> Iterator[tuple[Any, Any, int]]:
         """Image, label and position of the rows of a part, row groups taken in this order."""
@@ -183,11 +183,18 @@ class Stream:
                     if row >= last:
                         break
 
-    def _source(self, image: Any) -> Path | BinaryIO:
-        content = image["bytes"] if isinstance(image, dict) else image
-        if content is not None:
-            return io.BytesIO(content)
-        return Path(image.get("path") or "") if isinstance(image, dict) else io.BytesIO()
+    def _source(self, image: Any, position: int) -> Path | BinaryIO:
+        content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+        if content is None and isinstance(image, dict):
+            content = path or ""
+        if isinstance(content, str):
+            return Path(content)
+        if not isinstance(content, bytes | None):
+            raise ValueError(
+                f"{self.name(position)} has {type(content).__name__} in the column {self._image_key!r}, which is no "
+                "image; name another with --data.image_key"
+            )
+        return io.BytesIO(content or b"")
 
     def _place(self, label: Any, position: int) -> int:
         if label not in self._places:
