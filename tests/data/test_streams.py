@@ -11,14 +11,15 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from making import parquet, pixels
+from making import parquet, pixels, png
 from pyarrow import parquet as arrow
 from test_loaders import PREPROCESSING, config, epoch_of, in_process, same
 
 from epsanet.data.config import DataConfig
+from epsanet.data.images import read_image
 from epsanet.data.loaders import evaluation_loader, train_loader
 from epsanet.data.sources import open_data, open_split
-from epsanet.data.streams import Stream, cut
+from epsanet.data.streams import Part, Stream, cut
 
 PLAIN: dict[str, Any] = {
     "scale": (1, 1),
@@ -314,6 +315,22 @@ def test_what_cannot_be_streamed_is_one_line(folder: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"words\.parquet cannot be streamed: ") as raised:
         open_data(streamed(tmp_path / "words.parquet"))
     assert "\n" not in str(raised.value)
+
+
+def test_a_column_of_paths_is_read_and_one_of_numbers_is_refused(tmp_path: Path) -> None:
+    wanted = [pixels(label, label) for label in (0, 1)]
+    for label, image in enumerate(wanted):
+        (tmp_path / f"{label}.png").write_bytes(png(image))
+    paths = [str(tmp_path / f"{label}.png") for label in (0, 1)]
+    arrow.write_table(pyarrow.table({"image": paths, "size": [1.5, 2.5], "label": [0, 1]}), tmp_path / "x.parquet")
+
+    def images(key: str) -> list[np.ndarray]:
+        samples = Stream("x", [str(tmp_path / "x.parquet")], DataConfig(image_key=key), ["a", "b"])
+        return [np.asarray(read_image(source)) for source, _, _ in samples.read(Part(first=0, last=2))]
+
+    assert np.array_equal(images("image"), wanted)
+    with pytest.raises(ValueError, match=r"x\.parquet\[0\] has float in the column 'size', which is neither"):
+        images("size")
 
 
 def test_a_stream_does_not_repeat_augmentation(folder: Path) -> None:

@@ -184,17 +184,17 @@ class Stream:
                         break
 
     def _source(self, image: Any, position: int) -> Path | BinaryIO:
-        content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-        if content is None and isinstance(image, dict):
-            content = path or ""
-        if isinstance(content, str):
-            return Path(content)
-        if not isinstance(content, bytes | None):
+        if isinstance(image, dict):
+            content = image.get("bytes")
+            image = content if content is not None else image.get("path") or ""
+        if isinstance(image, str):
+            return Path(image)
+        if not isinstance(image, bytes | None):
             raise ValueError(
-                f"{self.name(position)} has {type(content).__name__} in the column {self._image_key!r}, which is no "
-                "image; name another with --data.image_key"
+                f"{self.name(position)} has {type(image).__name__} in the column {self._image_key!r}, which is neither "
+                "an image nor the path of one; name another column with --data.image_key"
             )
-        return io.BytesIO(content or b"")
+        return io.BytesIO(image or b"")
 
     def _place(self, label: Any, position: int) -> int:
         if label not in self._places:
