@@ -222,14 +222,14 @@ def test_what_a_card_lacks_is_noted(tmp_path: Path, card: str, notes: tuple[str,
         ("{coins}", "../x", "Repo id|repo"),
         ("{bare}", "me/x", r"README\.md does not say library_name: timm"),
         ("{lost}", "me/x", r"has no README\.md"),
+        ("{spoilt}", "me/x", r"the head of .*spoilt/README\.md is no YAML: .*; mend it"),
     ],
 )
 def test_what_is_not_fit_for_the_hub_is_one_line(
     tmp_path: Path, model: str, repo: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {
-        name: coins(tmp_path / name, "# Coins\n" if name == "bare" else CARD) for name in ("coins", "bare", "lost")
-    }
+    cards = {"coins": CARD, "bare": "# Coins\n", "lost": CARD, "spoilt": "---\ntags: [a\n---\n"}
+    names = {name: coins(tmp_path / name, card) for name, card in cards.items()}
     (names["lost"] / "README.md").unlink()
     model = model.format(**names)
     with pytest.raises(ValueError, match=message):

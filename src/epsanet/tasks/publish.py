@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+import yaml
 
 from epsanet.network.weights import find_model_folder, load_model
 
@@ -89,7 +90,10 @@ def _check_card(folder: Path) -> tuple[str, ...]:
     path = folder / "README.md"
     if not path.is_file():
         raise ValueError(f"{folder} has no README.md; write a model card, with library_name: timm in its head")
-    data = ModelCard(path.read_text(encoding="utf-8")).data.to_dict()
+    try:
+        data = ModelCard(path.read_text(encoding="utf-8")).data.to_dict()
+    except yaml.YAMLError as error:
+        raise ValueError(f"the head of {path} is no YAML: {' '.join(str(error).split())}; mend it") from error
     if data.get("library_name") != "timm":
         raise ValueError(f"{path} does not say library_name: timm in its head, so the Hub cannot tell how it is loaded")
     return tuple(f"the model card names no {key}" for key in _CARD_NEEDS if not data.get(key))
