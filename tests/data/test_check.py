@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from making import class_folders
 from PIL import Image
 from test_images import bomb
 
+from epsanet.data import check
 from epsanet.data.check import check_images
 from epsanet.data.images import read_image
 from epsanet.data.samples import FolderSamples
@@ -101,3 +103,14 @@ def test_progress_sees_every_result_and_their_number(mixed: Path) -> None:
     assert len(seen) == 8
     sizes = [item for item in seen if isinstance(item, tuple)]
     assert np.array_equal(sizes, report.sizes)
+
+
+def test_images_do_not_all_wait_at_once_and_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_BLOCK", 10)
+    begun: list[int] = []
+    with ThreadPoolExecutor(4) as pool:
+        results = check.map_in_blocks(pool, lambda position: (begun.append(position), -position)[1], range(3, 100, 2))
+        first = next(results)
+        assert len(begun) <= 10
+        assert [first, *results] == [-position for position in range(3, 100, 2)]
+    assert sorted(begun) == list(range(3, 100, 2))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,12 @@ from epsanet._processes import agree, cores, gather, rank, world_size
 from epsanet.data.images import ImageError, image_size, read_image
 from epsanet.data.samples import Samples, Subset
 
-__all__ = ["CheckReport", "check_images", "look_at"]
+__all__ = ["CheckReport", "check_images", "look_at", "map_in_blocks"]
+
+_BLOCK = 4096
+"""Images that wait for a thread at a time."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,18 @@ def look_at(
         return f"damaged: {error}"
 
 
+def map_in_blocks(pool: ThreadPoolExecutor, function: Callable[[int], T], positions: range) -> Iterator[T]:
+    """Results in order, like those of ``pool.map``, which takes a kilobyte for each position from the first on.
+
+    Args:
+        pool: of threads.
+        function: of a position.
+        positions: any number of them.
+    """
+    for first in range(0, len(positions), _BLOCK):
+        yield from pool.map(function, positions[first : first + _BLOCK])
+
+
 def check_images(
     samples: Samples,
     title: str,
@@ -95,7 +112,7 @@ def check_images(
     def look_at_share() -> dict[int, tuple[int, int] | str]:
         share, found = range(rank(), len(samples), world_size()), {}
         with ThreadPoolExecutor(max_workers=len(cores())) as pool:
-            for position, result in zip(share, progress(pool.map(look, share), len(share)), strict=True):
+            for position, result in zip(share, progress(map_in_blocks(pool, look, share), len(share)), strict=True):
                 found[position] = result
                 if isinstance(result, str) and on_bad_image == "raise":
                     pool.shutdown(cancel_futures=True)

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from epsanet._processes import cores
-from epsanet.data.check import look_at
+from epsanet.data.check import look_at, map_in_blocks
 from epsanet.data.config import DataConfig
 from epsanet.data.detection import DetectionSamples, DetectionSplits, Objects, SplitReport
 from epsanet.data.images import IMAGE_SUFFIXES, read_image
@@ -386,7 +386,9 @@ def check_coco(
     sizes: list[tuple[int, int]] = []
     kept: list[int] = []
     with ThreadPoolExecutor(max_workers=len(cores())) as pool:
-        looked = pool.map(lambda place: look_at(lambda: samples.path(place), config.check), range(len(samples)))
+        looked = map_in_blocks(
+            pool, lambda place: look_at(lambda: samples.path(place), config.check), range(len(samples))
+        )
         for position, size in enumerate(progress(looked, len(samples))):
             if _image_is_good(samples, position, size):
                 assert not isinstance(size, str)
