@@ -79,9 +79,10 @@ def _detect(values: dict[str, Any], pictures: str | None, score_thresh: float) -
     failed = 0
     for row in track(rows, len(paths), "detecting"):
         failed += bool(row.error)
-        counts = Counter(row.classes)
-        text = row.error or ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
-        table.add_row(row.image, text, style="red" if row.error else "")
+        if output is None:
+            counts = Counter(row.classes)
+            text = row.error or ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+            table.add_row(row.image, text, style="red" if row.error else "")
     if output is None:
         console.print(table)
     for place in filter(None, (output, pictures)):

@@ -24,13 +24,14 @@ from tasks_reading import same_state
 
 import epsanet
 from epsanet import cli
+from epsanet.cli.predict import _detect
 from epsanet.data.coco import CocoSamples, read_rle
 from epsanet.data.config import DataConfig
 from epsanet.data.images import read_image
 from epsanet.network.detectors import PastedMasks, load_detector
 from epsanet.tasks.config import OptimizerConfig, ScheduleConfig, TrainConfig, load_recipe, recipe_names
 from epsanet.tasks.detection.evaluate import evaluate_detector
-from epsanet.tasks.detection.predict import detect, draw
+from epsanet.tasks.detection.predict import Detections, detect, draw
 from epsanet.tasks.train import TrainResult, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in pycocotools
@@ -489,3 +490,32 @@ def test_recipes_of_detection_are_shipped_and_kept_in_the_run_folder(trained: Tr
     assert load_recipe(str(trained.run / "config.yaml")).detector == detector_config(
         min_size=48, max_size=64, score_thresh=0.01
     )
+
+
+def test_an_image_that_goes_before_it_is_drawn_is_a_row_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no row is kept for a table on the screen that is not asked for."""
+    paths = [str(tmp_path / f"{name}.png") for name in ("gone", "here")]
+    Image.new("RGB", (8, 8)).save(paths[1])
+    rows = [
+        Detections(
+            image=path,
+            path=path,
+            width=8,
+            height=8,
+            classes=("ant",),
+            scores=(0.9,),
+            boxes=((1.0, 1.0, 5.0, 5.0),),
+            class_names=("ant",),
+        )
+        for path in paths
+    ]
+    monkeypatch.setattr("epsanet.tasks.detection.predict.detect", lambda *_, **__: iter(rows))
+    monkeypatch.setattr("rich.table.Table.add_row", None)
+    values = {"model": "finder", "images": paths, "output": str(tmp_path / "found.json")}
+    assert _detect(values, str(tmp_path / "drawn"), 0.5) == 0
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert [row["error"] for row in found] == ["not drawn: no such file", None]
+    assert [len(row["detections"]) for row in found] == [1, 1]
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["here.png"]

@@ -52,7 +52,7 @@ class Detections:
     class_names: tuple[str, ...] = ()
     """All classes of the detector."""
     error: str = ""
-    """Why the image could not be read."""
+    """Why the image could not be read, or not once more to be drawn."""
 
     def at_least(self, score: float) -> Detections:
         """Those of this score or more."""
@@ -167,7 +167,8 @@ def _named(path: str, image: Tensor, found: dict[str, Any], score_thresh: float,
 
 
 def draw_detections(folder: str | Path, rows: Iterable[Detections]) -> Iterator[Detections]:
-    """Draw each image with what was found into a PNG file of its name, and pass the rows on.
+    """Draw each image with what was found into a PNG file of its name, and pass the rows on; one whose image has gone in
+    the meantime with an error.
 
     Args:
         folder: made when it is not there.
@@ -180,8 +181,13 @@ def draw_detections(folder: str | Path, rows: Iterable[Detections]) -> Iterator[
             while (name := stem if number == 1 else f"{stem}-{number}") in taken:
                 number += 1
             taken.add(name)
+            try:
+                picture = draw(row)
+            except ImageError as error:
+                yield replace(row, error=f"not drawn: {error}")
+                continue
             with atomic_file(Path(folder) / f"{name}.png") as temporary:
-                draw(row).save(temporary, "PNG")
+                picture.save(temporary, "PNG")
         yield row
 
 
