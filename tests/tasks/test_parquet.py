@@ -116,6 +116,7 @@ def test_what_is_written_is_not_done_again_and_the_bytes_are_the_same(
 PREDICT = """
 import os, signal, sys
 from epsanet.tasks import parquet, predict
+assert "torchmetrics" not in sys.modules, "its import takes seconds"
 parquet.PARQUET_ROWS = 8
 output, *images = sys.argv[1:]
 def run(path):

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import CatMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 __all__ = ["Evaluation", "Score", "accuracy_interval", "probabilities"]
 
@@ -90,6 +88,10 @@ class Score(nn.Module):
     """
 
     def __init__(self, num_classes: int) -> None:
+        # Not at the head: its import takes seconds, and who predicts needs it not.
+        from torchmetrics import CatMetric
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
         super().__init__()
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro", validate_args=False)

@@ -167,8 +167,9 @@ def _named(path: str, image: Tensor, found: dict[str, Any], score_thresh: float,
 
 
 def draw_detections(folder: str | Path, rows: Iterable[Detections]) -> Iterator[Detections]:
-    """Draw each image with what was found into a PNG file of its name, and pass the rows on; one whose image has gone in
-    the meantime with an error.
+    """Draw each image with what was found into a PNG file of its name, and pass the rows on.
+
+    One whose image has gone in the meantime has an error.
 
     Args:
         folder: made when it is not there.

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert, box_iou
 
 from epsanet._processes import gather
@@ -258,6 +257,8 @@ def _averages(
     results: Sequence[ImageResult], objects: Sequence[dict[str, Any]], class_names: list[str], *, masks: bool
 ) -> tuple[Averages, Averages | None]:
     """Of boxes and masks."""
+    from torchmetrics.detection import MeanAveragePrecision  # takes seconds, and who only detects needs it not
+
     # Always with the boxes: of masks alone, torchmetrics leaves images without objects out, and what was found in them.
     metric = MeanAveragePrecision(
         iou_type=("bbox", "segm") if masks else ("bbox",),
