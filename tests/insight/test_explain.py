@@ -88,7 +88,7 @@ class Windows(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 2, 3)
+        self.conv, self.spare = nn.Conv2d(3, 2, 3), nn.Conv2d(3, 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         windows = x.unflatten(2, (2, 16)).unflatten(4, (2, 16)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
@@ -110,6 +110,7 @@ def convnext() -> Any:
         (swin, "layers.1", "SwinTransformer gives NHWC"),
         (convnext, "stages.0.blocks.0.mlp", r"no map of the image but shape \(1, 1, 8, 16\)"),
         (Windows, "conv", r"no map of the image but shape \(4, 1, 14, 14\)"),
+        (Windows, "spare", "the network goes around layer 'spare'"),
     ],
 )
 def test_what_is_no_map_of_the_image_is_not_shown_as_one(make: Callable[[], Any], layer: str, message: str) -> None:
@@ -212,7 +213,10 @@ def test_preferences_are_those_of_the_size_that_is_asked_for(folder: Path, pictu
         ([], "nothing to explain"),
         (["nowhere/*.png"], "nothing matches"),
         (["--layer", "nose", "{image}"], "no layer"),
-        (["--layer", "layer1.0.conv2.se", "{image}"], "goes around layer 'layer1.0.conv2.se'"),
+        (
+            ["--layer", "layer1.0.conv2.se", "{image}"],
+            "'layer1.0.conv2.se' gives no map of the image but shape (1, 1, 1,",
+        ),
         (["--topk", "0", "{image}"], "topk=0 must be 1 or more"),
         (["{image}", "--data", "nowhere"], "there is no data set 'nowhere'"),
     ],

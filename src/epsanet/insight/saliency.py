@@ -87,10 +87,12 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor, layer: str) -> n
 
 
 def _covers(map_shape: Sequence[int], image_shape: Sequence[int]) -> bool:
-    """Whether maps have the proportions of the images: other axes, or windows of it, have not (but for rounding)."""
+    """Whether maps have places, in the proportions of the images: other axes, or windows of it, have not, but for
+    rounding."""
     count, _, height, width = image_shape
     return (
         len(map_shape) == 4
         and map_shape[0] == count
+        and map_shape[2] * map_shape[3] > 1
         and abs(map_shape[2] * width - map_shape[3] * height) <= height + width
     )

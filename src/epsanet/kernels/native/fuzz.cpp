@@ -186,7 +186,7 @@ int main(int count, char **arguments) {
     std::mt19937 random(count > 2 ? unsigned(std::atol(arguments[2])) : 1);
     const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
     const std::vector<std::string> sets = instruction_sets();
-    constexpr double budget = 5e5;  // multiplications
+    constexpr double budget = 2e5;  // multiplications: small sizes have the most edges
     for (long call = 0; call < calls; ++call) {
         const std::size_t set = call % (sets.size() + 1);
         set == sets.size() ? set_kernels(kernels_many_registers) : set_instruction_set(sets[set]);
