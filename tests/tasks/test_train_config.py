@@ -86,6 +86,7 @@ def test_a_flag_goes_before_the_recipe_and_the_recipe_before_the_default(tmp_pat
         ("optimizer: {lr: quick}", "lr"),
         ("schedule: {sched_args: {warmup_lr: 1}}", r"sched_args has warmup_lr, which .* use --schedule\.warmup_lr"),
         ("schedule: {sched_args: {cooldown_epochs: 2}}", r"has cooldown_epochs, but schedule\.epochs is the whole run"),
+        ("schedule: {sched_args: {cycle_limit: 0}}", r"has cycle_limit=0, which is no number of cycles of the epochs"),
         ("schedule: {decay_milestones: [60, 30]}", r"schedule\.decay_milestones=\[60, 30\] must rise"),
         ("schedule: {epochs: 0}", r"schedule\.epochs=0 is impossible; use 1 or more"),
         ("data: {hflip: 2}", r"data\.hflip=2(\.0)? is no probability"),

@@ -97,10 +97,13 @@ class ScheduleConfig:
         longer = next((name for name in ("cooldown_epochs", "warmup_prefix") if name in (self.sched_args or {})), None)
         if longer is not None:
             raise ValueError(f"schedule.sched_args has {longer}, but schedule.epochs is the whole run; leave it out")
-        if self.decay_milestones != sorted(self.decay_milestones):
-            raise ValueError(f"schedule.decay_milestones={self.decay_milestones} must rise")
         if self.epochs < 1:
             raise ValueError(f"schedule.epochs={self.epochs} is impossible; use 1 or more")
+        limit = (self.sched_args or {}).get("cycle_limit", 1)
+        if not isinstance(limit, int) or not 1 <= limit <= self.epochs:
+            raise ValueError(f"schedule.sched_args has cycle_limit={limit}, which is no number of cycles of the epochs")
+        if self.decay_milestones != sorted(self.decay_milestones):
+            raise ValueError(f"schedule.decay_milestones={self.decay_milestones} must rise")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs={self.warmup_epochs} does not fit into schedule.epochs={self.epochs}"
