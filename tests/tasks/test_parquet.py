@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import signal
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -186,7 +187,10 @@ def test_two_processes_of_torchrun_write_what_one_writes(images: list[str], whol
         timeout=250,
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["None", "ParquetResult(rows=38, errors=2, resumed=0)"]
+    other, first = sorted(done.stdout.splitlines())
+    assert other == "None"
+    # What the other process has written before the first has looked counts as there.
+    assert re.fullmatch(r"ParquetResult\(rows=38, errors=2, resumed=(0|8|16)\)", first)
     assert (tmp_path / "x.parquet").read_bytes() == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["driver.py", "x.parquet"]
 
