@@ -47,14 +47,14 @@ def test_an_order_that_is_no_permutation_of_each_branch_raises(split: bool, into
 
 def test_gradients_of_sums_and_residuals_of_another_type_or_layout_raise() -> None:
     natural = list(range(16))
-    layer = choice.native.Layer(16, 16, [3], [1], 1, False, natural, natural)
+    layer, pointwise = (choice.native.Layer(16, 16, [size], [1], 1, False, natural, natural) for size in (3, 1))
     x, dsums, weights = torch.randn(2, 5, 5, 16), torch.randn(2, 16), [torch.randn(16, 16, 3, 3)]
-    packed, packed_back = (torch.zeros(layer.packed_size(backward)) for backward in (False, True))
+    packed, packed_back = torch.zeros(pointwise.packed_size(False)), torch.zeros(layer.packed_size(True))
     result, bias, gradients = torch.empty_like(x), torch.zeros(16), [torch.empty_like(weights[0])]
     calls = {
         "input gradient": lambda dsums: layer.input_gradient(x, dsums, packed_back, result, True, 1),
         "weight gradient": lambda dsums: layer.weight_gradient(x, x, dsums, gradients, True, 1),
-        "residual": lambda residual: layer.infer_convolution(x, packed, bias, residual, result, False, 1),
+        "residual": lambda residual: pointwise.infer_pointwise(x, packed, bias, residual, result, False, 1),
     }
     for name, call in calls.items():
         right = x if name == "residual" else dsums
@@ -89,8 +89,8 @@ def test_opcheck_finds_nothing_wrong_with_the_whole_module(ordered: bool) -> Non
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_opcheck_finds_nothing_wrong_with_the_fused_convolution(residual: bool) -> None:
-    packed, bias = kernels.pack_for_inference([torch.randn(24, 16, 3, 3)], 16, [1], False), torch.randn(24)
+def test_opcheck_finds_nothing_wrong_with_the_pointwise_convolution(residual: bool) -> None:
+    packed, bias = kernels.pack_for_inference([torch.randn(24, 16, 1, 1)], 16, [1], False), torch.randn(24)
     for batch in (2, 0):
         x, added = torch.randn(batch, 16, 7, 6), torch.randn(batch, 24, 4, 3) if residual else None
-        torch.library.opcheck(torch.ops.epsanet.fused_convolution.default, (x, packed, bias, added, 3, 2, True))
+        torch.library.opcheck(torch.ops.epsanet.pointwise_convolution.default, (x, packed, bias, added, 2, True))

@@ -215,6 +215,39 @@ def test_repeated_runs_give_the_same_bits(batch: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(runs[0][:3], alone[:3], strict=True))
 
 
+@pytest.mark.usefixtures("instruction_set", "threads")
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 7, 7), (2, 1, 1), (3, 9, 14), (17, 5, 3)], ids=str)
+@pytest.mark.parametrize("channels", [(3, 5), (64, 256), (40, 100), (515, 48), (1100, 33)], ids=str)
+def test_pointwise_convolutions_agree_with_float64_on_any_number_of_threads(
+    channels: tuple[int, int], shape: tuple[int, int, int], stride: int
+) -> None:
+    (seen, made), (batch, height, width) = channels, shape
+    x, weight, bias = torch.randn(batch, seen, height, width), torch.randn(made, seen, 1, 1), torch.randn(made)
+    packed = kernels.pack_for_inference([weight], seen, [1], False)
+    plain = F.conv2d(x.double(), weight.double(), bias.double(), stride)
+    residual = torch.randn(plain.shape)
+    for added, relu in ((None, False), (residual, True)):
+        expected = plain if added is None else plain + added.double()
+        results = []
+        for threads_used in (1, 2, 3):
+            torch.set_num_threads(threads_used)
+            results.append(kernels.pointwise_convolution(x, packed, bias, added, stride, relu))
+        assert relative_error(results[0], expected.relu() if relu else expected) < FORWARD_ERROR
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_a_nan_passes_through_a_pointwise_convolution_with_relu() -> None:
+    x, weight = torch.ones(1, 3, 1, 2), torch.ones(18, 3, 1, 1)
+    x[0, 1, 0, 1] = torch.nan
+    packed = kernels.pack_for_inference([weight], 3, [1], False)
+    result = kernels.pointwise_convolution(x, packed, torch.zeros(18), None, 1, True)
+    assert torch.equal(result[..., 0], torch.full((1, 18, 1), 3.0))
+    assert result[..., 1].isnan().all()
+
+
 @pytest.mark.usefixtures("instruction_set")
 def test_the_lane_order_is_a_permutation_that_the_kernels_undo() -> None:
     torch.manual_seed(0)

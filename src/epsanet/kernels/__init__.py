@@ -7,8 +7,8 @@ otherwise. See ``docs/speed.md``.
 
 from epsanet.kernels.choice import Choice, available, instruction_set, instruction_sets, set_instruction_set, use
 from epsanet.kernels.operators import (
-    fused_convolution,
     pack_for_inference,
+    pointwise_convolution,
     pyramid_attention,
     pyramid_convolution,
     reason_against,
@@ -19,12 +19,12 @@ from epsanet.kernels.order import input_order, output_order
 __all__ = [
     "Choice",
     "available",
-    "fused_convolution",
     "input_order",
     "instruction_set",
     "instruction_sets",
     "output_order",
     "pack_for_inference",
+    "pointwise_convolution",
     "pyramid_attention",
     "pyramid_convolution",
     "reason_against",

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from epsanet.kernels._native import Layer
 
 __all__ = [
-    "fused_convolution",
     "pack_for_inference",
+    "pointwise_convolution",
     "pyramid_attention",
     "pyramid_convolution",
     "reason_against",
@@ -380,18 +380,17 @@ def _(
     return y_NHWK.permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("epsanet::fused_convolution", mutates_args=(), device_types="cpu")
-def fused_convolution(
-    x: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None, kernel_size: int, stride: int, relu: bool
+@torch.library.custom_op("epsanet::pointwise_convolution", mutates_args=(), device_types="cpu")
+def pointwise_convolution(
+    x: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None, stride: int, relu: bool
 ) -> Tensor:
-    """One dense convolution with padding ``(k - 1) / 2``, its bias, a residual sum and ReLU, for inference.
+    """A dense 1×1 convolution with its bias, a residual sum and ReLU, for inference.
 
     Args:
         x: N, C, H, W, float32 on a CPU.
         packed: the weight as ``pack_for_inference`` lays it out for one group.
         bias: K numbers.
         residual: of the output's shape; added before the activation.
-        kernel_size: odd.
         stride: of both directions.
         relu: whether ReLU follows.
 
@@ -399,19 +398,17 @@ def fused_convolution(
         N, K, H', W', channels-last.
     """
     batch, channels, height, width = x.shape
-    layer = _layer(channels, bias.shape[0], (kernel_size,), (1,), stride, False, False)
+    layer = _layer(channels, bias.shape[0], (1,), (1,), stride, False, False)
     y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), bias.shape[0])
     if not y_NHWK.numel():
         return y_NHWK.permute(0, 3, 1, 2)
     added = None if residual is None else _channels_last(residual)
-    layer.infer_convolution(_channels_last(x), packed, bias, added, y_NHWK, relu, torch.get_num_threads())
+    layer.infer_pointwise(_channels_last(x), packed, bias, added, y_NHWK, relu, torch.get_num_threads())
     return y_NHWK.permute(0, 3, 1, 2)
 
 
-@fused_convolution.register_fake
-def _(
-    x: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None, kernel_size: int, stride: int, relu: bool
-) -> Tensor:
+@pointwise_convolution.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None, stride: int, relu: bool) -> Tensor:
     batch, _, height, width = x.shape
     y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), bias.shape[0])
     return y_NHWK.permute(0, 3, 1, 2)

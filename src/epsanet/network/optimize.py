@@ -173,7 +173,7 @@ class _FusedConvolution(nn.Module):
 
 
 class _NativeConvolution(nn.Module):
-    """The same on the native kernels, whose weights are packed once; for 1×1 convolutions, where that counts."""
+    """The same for 1×1 convolutions on the native kernels, whose weights are packed once."""
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class _NativeConvolution(nn.Module):
         self.stride, self.relu = conv.stride[0], relu
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y: Tensor = torch.ops.epsanet.fused_convolution(x, self.packed, self.bias, residual, 1, self.stride, self.relu)
+        y: Tensor = torch.ops.epsanet.pointwise_convolution(x, self.packed, self.bias, residual, self.stride, self.relu)
         return y
 
 

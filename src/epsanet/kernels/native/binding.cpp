@@ -80,20 +80,23 @@ class Layer {
         epsanet::forward(layer, x.data(), packed.data(), y.data(), sums.data(), threads);
     }
 
-    // Convolutions with bias, residual and activation of an inference network, in lane order.
-    void infer_convolution(Image x, Row packed, Row bias, std::optional<Image> residual,
+    // A 1×1 convolution with bias, residual and activation of an inference network.
+    void infer_pointwise(Image x, Row packed, Row bias, std::optional<Image> residual,
                            Buffer<float, nb::ndim<4>> y, bool relu, int threads) const {
-        Problem layer = problem_of(x, true);
+        require(branches_.size() == 1 && branches_[0].kernel == 1 && branches_[0].groups == 1 && !in_order_.empty(),
+                "only one dense 1×1 convolution with its channel orders is inferred without attention");
+        const Problem layer = problem_of(x, true);
         check_packed(packed, false);
         check_result(layer, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
         require(int(bias.size()) == out_channels_, "the bias must have K entries");
         if (residual)
             check_result(layer, residual->shape(0), residual->shape(1), residual->shape(2), residual->shape(3));
-        layer.bias = bias.data();
-        layer.residual = residual ? residual->data() : nullptr;
-        layer.relu = relu;
+        const Pointwise convolution{layer.batch,    layer.height, layer.width,   in_channels_,
+                                    out_channels_,  stride_,      x.data(),      packed.data(),
+                                    bias.data(),    residual ? residual->data() : nullptr,
+                                    relu,           y.data()};
         const nb::gil_scoped_release release;
-        epsanet::forward(layer, x.data(), packed.data(), y.data(), nullptr, threads);
+        pointwise(convolution, threads);
     }
 
     // Convolutions, attention, norm and activation of an inference network.
@@ -205,7 +208,7 @@ NB_MODULE(_native, module) {
         .def("pack", &Layer::pack, nb::arg("weights").noconvert(), nb::arg("packed").noconvert(), nb::arg("backward"), nb::arg("threads"))
         .def("forward", &Layer::forward, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
              nb::arg("y").noconvert(), nb::arg("sums").noconvert(), nb::arg("ordered"), nb::arg("threads"))
-        .def("infer_convolution", &Layer::infer_convolution, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
+        .def("infer_pointwise", &Layer::infer_pointwise, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),
              nb::arg("bias").noconvert(), nb::arg("residual").none().noconvert(), nb::arg("y").noconvert(), nb::arg("relu"),
              nb::arg("threads"))
         .def("infer", &Layer::infer, nb::arg("x").noconvert(), nb::arg("packed").noconvert(),

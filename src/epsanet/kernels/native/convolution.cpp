@@ -374,11 +374,17 @@ void set_instruction_set(const std::string &name) {
 void forward(const Problem &problem, const float *x, const float *packed, float *y, float *sums, int threads) {
     if (multiplications(problem) < small) threads = 1;
     std::vector<Unit> units = units_of(problem, problem.out_height, problem.forward_rows);
-    if (threads > 1 && int(units.size()) < 2 * threads) {
-        // Too few units: share the result channels of each.
+    if (threads > 1 && int(units.size()) < 2 * threads && int(units.size()) != threads) {
+        // Too few units: share the branches of each, or else their result channels.
+        const bool whole_branches = int(units.size()) * problem.branch_count >= 2 * threads;
         std::vector<Unit> parts;
         for (const Unit &unit : units)
             for (int b = problem.branch_count - 1; b >= 0; --b) {
+                if (whole_branches) {
+                    parts.push_back(unit);
+                    parts.back().branch = b;
+                    continue;
+                }
                 const Layout layout = layout_of(problem, problem.branches[b], Direction::forward);
                 for (int outer = 0; outer < layout.outer; ++outer)
                     for (int block = 0; block < layout.blocks; block += weight_block) {
@@ -460,6 +466,25 @@ void recalibrate(const Problem &problem, const Attention &attention, const float
         const int begin = int(std::ptrdiff_t(pixels) * piece / pieces), end = int(std::ptrdiff_t(pixels) * (piece + 1) / pieces);
         kernels.rescale(y + (std::ptrdiff_t(image) * pixels + begin) * channels, end - begin, channels, scale.data(),
                         attention.shift, attention.relu);
+    });
+}
+
+void pointwise(const Pointwise &layer, int threads) {
+    const std::ptrdiff_t pixels = std::ptrdiff_t(layer.batch) * ((layer.height - 1) / layer.stride + 1) *
+                                  ((layer.width - 1) / layer.stride + 1);
+    if (double(pixels) * layer.in_channels * layer.out_channels < small) threads = 1;
+    const int blocks = (layer.out_channels + lanes - 1) / lanes, pairs = (blocks + weight_block - 1) / weight_block;
+    const int panels = int((pixels + panel_pixels - 1) / panel_pixels);
+    // Few panels that do not go round: threads share the result channels of each.
+    int parts = 1;
+    while (parts < pairs && panels * parts < 4 * threads && panels * parts % threads) ++parts;
+    const std::size_t panel = panel_pixels * (std::min(layer.in_channels, panel_depth) + lanes);
+    const Kernels &kernels = *chosen_kernels();
+    share(panels * parts, threads, [&](int unit, int) {
+        const int number = unit / parts, part = unit % parts;
+        const auto first_block = [&](int of_part) { return std::min(blocks, pairs * of_part / parts * weight_block); };
+        kernels.pointwise(layer, pixels * number / panels, pixels * (number + 1) / panels, first_block(part),
+                          first_block(part + 1), workspace.at_least(panel));
     });
 }
 

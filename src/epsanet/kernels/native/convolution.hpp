@@ -31,7 +31,7 @@ void pack_weights(const Problem &problem, Direction direction, const float *cons
 // A number that changes when a weight does: whether packed weights are still good.
 std::uint64_t fingerprint(const float *values, std::size_t count, std::uint64_t before);
 
-// `y` N H' W' K and `sums` N K, the sums of y over space before bias and residual; null: not wanted.
+// `y` N H' W' K and `sums` N K, the sums of y over space; null: not wanted.
 void forward(const Problem &problem, const float *x, const float *packed, float *y, float *sums, int threads);
 // What follows the convolutions in an inference network, in place: y · attention · scale + shift, ReLU if asked for.
 // SEWeight's maps have shapes hidden × D and D × hidden; scale and shift K, in the order of y's channels.
@@ -43,6 +43,7 @@ struct Attention {
     bool relu;
 };
 void recalibrate(const Problem &problem, const Attention &attention, const float *sums, float *y, int threads);
+void pointwise(const Pointwise &layer, int threads);
 
 // `add` N K, or null, is added to every pixel of dy: the gradient of `sums`.
 void input_gradient(const Problem &problem, const float *dy, const float *add, const float *packed, float *dx,

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <set>
 #include <vector>
@@ -179,6 +180,37 @@ bool wrong(long call, const char *what, const Plain &expected, float found) {
     return true;
 }
 
+// A dense 1×1 convolution with bias, residual and ReLU; now and then with channels of several panels.
+bool pointwise_wrong(long call, std::mt19937 &random) {
+    const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
+    const int in = pick(0, 9) ? pick(1, 70) : pick(500, 1100), out = pick(1, 70), stride = pick(1, 3), threads = pick(1, 3);
+    const int batch = pick(1, 3), height = pick(1, 9), width = in > 70 ? pick(1, 2) : pick(1, 20);
+    std::vector<std::int32_t> in_order(in), out_order(out);
+    std::iota(in_order.begin(), in_order.end(), 0);
+    std::iota(out_order.begin(), out_order.end(), 0);
+    const Problem problem = make_problem(batch, height, width, in, out, stride, {{1, 1}}, false, Lanes::groups, true, in_order.data(), out_order.data());
+    const int results = batch * problem.out_height * problem.out_width;
+    Floats x(std::size_t(batch) * height * width * in, pick(0, 15), random), weights(std::size_t(in) * out, pick(0, 15), random);
+    Floats packed(packed_size(problem, Direction::forward), pick(0, 15), random), bias(out, pick(0, 15), random);
+    Floats residual(std::size_t(results) * out, pick(0, 15), random), y(std::size_t(results) * out, pick(0, 15), random);
+    const float *const weight_pointer = weights.get();
+    pack_weights(problem, Direction::forward, &weight_pointer, packed.get(), threads);
+    const Pointwise layer{batch, height, width, in, out, stride, x.get(), packed.get(), bias.get(),
+                          pick(0, 1) ? residual.get() : nullptr, pick(0, 1) == 1, y.get()};
+    pointwise(layer, threads);
+    const int pixel = pick(0, results - 1), channel = pick(0, out - 1);
+    const int column = pixel % problem.out_width, row = pixel / problem.out_width % problem.out_height;
+    const int image = pixel / problem.out_width / problem.out_height;
+    const float *source = x.get() + ((std::ptrdiff_t(image) * height + row * stride) * width + column * stride) * in;
+    Plain expected;
+    for (int c = 0; c < in; ++c) expected.add(double(source[c]) * weights.get()[std::ptrdiff_t(channel) * in + c]);
+    expected.add(bias.get()[channel]);
+    const std::ptrdiff_t result = std::ptrdiff_t(pixel) * out + channel;
+    if (layer.residual) expected.add(layer.residual[result]);
+    if (layer.relu) expected.value = std::max(expected.value, 0.0);
+    return wrong(call, "1×1 convolution", expected, y.get()[result]);
+}
+
 }  // namespace
 
 int main(int count, char **arguments) {
@@ -241,18 +273,7 @@ int main(int count, char **arguments) {
             sum.add(y.get()[plain.result(image, 0, at, problem.branches[b].out_offset + out)]);
         const std::ptrdiff_t place = plain.sum(image, problem.branches[b].out_offset + out);
         if (wrong(call, "sums", sum, sums.get()[place])) return 1;
-        if (ordered) {
-            Floats bias(out_channels, pick(0, 15), random);
-            Problem finished = problem;
-            finished.bias = bias.get();
-            finished.residual = pick(0, 1) ? dy.get() : nullptr;
-            finished.relu = pick(0, 1) == 1;
-            forward(finished, x.get(), packed.get(), y.get(), nullptr, threads);
-            expected.add(bias.get()[plain.out_places[problem.branches[b].out_offset + out]]);
-            if (finished.residual) expected.add(finished.residual[result]);
-            if (finished.relu) expected.value = std::max(expected.value, 0.0);
-            if (wrong(call, "bias, residual, ReLU", expected, y.get()[result])) return 1;
-        }
+        if (pointwise_wrong(call, random)) return 1;
         const float *add = pick(0, 1) ? sums.get() : nullptr;
         input_gradient(problem, dy.get(), add, packed_back.get(), dx.get(), threads);
         weight_gradient(problem, x.get(), dy.get(), add, gradient_pointers.data(), threads);

@@ -138,21 +138,6 @@ void copy_in(const Problem &problem, const float *tensor, int image, int height,
     }
 }
 
-// result + bias + residual, then ReLU if asked for; the residual lies as the tensor does.
-inline void finish(const Problem &problem, const float *from, const float *bias, const float *residual, int count,
-                   float *to) {
-    int c = 0;
-    for (; c + lanes <= count; c += lanes) {
-        Vector value = add(load(from + c), load(bias + c));
-        if (residual) value = add(value, load(residual + c));
-        store(to + c, problem.relu ? positive(value) : value);
-    }
-    for (; c < count; ++c) {
-        const float value = from[c] + bias[c] + (residual ? residual[c] : 0);
-        to[c] = problem.relu && value < 0 ? 0 : value;
-    }
-}
-
 // Rows of scratch into an N H W C tensor, and optionally their sums over space.
 void copy_out(const Problem &problem, const Grid &grid, const float *scratch, const Run *runs, int run_count,
               const int32_t *order, float *tensor, int image, int height, int width, int channels, float *sums,
@@ -197,10 +182,6 @@ void copy_out(const Problem &problem, const Grid &grid, const float *scratch, co
                 if (order) {
                     const int32_t *natural = order + run->offset;
                     for (int c = 0; c < run->count; ++c) to[natural[c]] = place[c];
-                } else if (problem.bias) {
-                    float *at = to + run->offset;
-                    finish(problem, place, problem.bias + run->offset,
-                           problem.residual ? problem.residual + (at - tensor) : nullptr, run->count, at);
                 } else {
                     memcpy(to + run->offset, place, sizeof(float) * run->count);
                 }
@@ -438,9 +419,7 @@ void convolve(const Problem &problem, const Branch &branch, Direction direction,
                     for (int phase = 0; phase < phases; ++phase) {
                         const int pixels = divide_up(result_width - phase, phases);
                         if (pixels <= 0) continue;
-                        // A narrow row is cut in two: its halves need fewer taps.
-                        const int limit = pixels <= 8 ? divide_up(pixels, 2) : pixels;
-                        const int pieces = divide_up(pixels, least(limit, max_pixels[blocks - 1]));
+                        const int pieces = divide_up(pixels, max_pixels[blocks - 1]);
                         for (int piece = 0; piece < pieces; ++piece) {
                             const int first = pixels * piece / pieces, count = pixels * (piece + 1) / pieces - first;
                             Tap taps[max_chunk_taps];
@@ -498,20 +477,14 @@ void forward(const Problem &problem, const Unit &unit, const float *x, const flo
         grid_of(problem, unit.row_begin, unit.row_end - unit.row_begin, problem.out_width, problem.out_places);
     const bool images = problem.lanes_are == Lanes::images;
     Run runs[max_branches];
+    int run_count = input_runs(problem, runs);
+    if (problem.split && unit.branch >= 0) runs[0] = runs[unit.branch], run_count = 1;
     copy_in(problem, x, unit.image, problem.height, problem.width, problem.in_channels,
-            problem.ordered ? nullptr : problem.in_order, runs, input_runs(problem, runs), nullptr, source,
-            scratch.source);
-    memset(scratch.result, 0,
-           sizeof(float) * (images ? problem.out_places * result.channel : result.rows * result.row));
-    for (int b = 0; b < problem.branch_count; ++b) {
-        const Branch &branch = problem.branches[b];
-        if (unit.branch < 0 || unit.branch == b)
-            convolve(problem, branch, Direction::forward, unit, weights, source, scratch.source, result,
-                     scratch.result);
-        weights += branch_weights(problem, branch, Direction::forward);
-    }
-    int run_count = output_runs(problem, runs);
-    if (unit.branch >= 0) {
+            problem.ordered ? nullptr : problem.in_order, runs, run_count, nullptr, source, scratch.source);
+
+    run_count = output_runs(problem, runs);
+    if (unit.branch >= 0) runs[0] = runs[unit.branch], run_count = 1;
+    if (unit.block >= 0) {
         const Branch &branch = problem.branches[unit.branch];
         const Layout layout = layout_of(problem, branch, Direction::forward);
         const int blocks = least(weight_block, layout.blocks - unit.block);
@@ -521,6 +494,25 @@ void forward(const Problem &problem, const Unit &unit, const float *x, const flo
             runs[run_count++] = {branch.out_offset + at, branch.out_place + at,
                                  images ? 1 : least(lanes, branch.out_channels - at)};
         }
+    }
+    if (unit.branch < 0)
+        memset(scratch.result, 0,
+               sizeof(float) * (images ? problem.out_places * result.channel : result.rows * result.row));
+    for (const Run *run = runs; unit.branch >= 0 && run < runs + run_count; ++run) {
+        if (images) {
+            memset(scratch.result + run->place * result.channel, 0, sizeof(float) * run->count * result.channel);
+            continue;
+        }
+        float *pixel = scratch.result + run->place;
+        for (int at = 0; at < result.rows * problem.out_width; ++at, pixel += result.pixel)
+            for (int c = 0; c < run->count; c += lanes) store(pixel + c, zero());
+    }
+    for (int b = 0; b < problem.branch_count; ++b) {
+        const Branch &branch = problem.branches[b];
+        if (unit.branch < 0 || unit.branch == b)
+            convolve(problem, branch, Direction::forward, unit, weights, source, scratch.source, result,
+                     scratch.result);
+        weights += branch_weights(problem, branch, Direction::forward);
     }
     const Offset bands_step = Offset(problem.forward_bands) * problem.out_channels;
     copy_out(problem, result, scratch.result, runs, run_count, problem.ordered ? nullptr : problem.out_order, y,
@@ -749,6 +741,122 @@ void weight_gradient(const Problem &problem, const Unit &unit, const float *x, c
     }
 }
 
+// ----------------------------------------------------------------------------------------- dense 1×1 convolutions
+
+// Where a tile of results goes, and what is done to it on the way.
+struct Target {
+    float *y;
+    const float *bias, *residual;
+    Offset pixel;
+    int last_lanes;         // of its last vector
+    bool first, last, relu;  // of the panels along the depth
+};
+
+template <int blocks, int pixels>
+void multiply(const float *source, Offset source_pixel, int depth, const float *weights, const Target &to) {
+    Vector sum[pixels][blocks];
+    for (int p = 0; p < pixels; ++p)
+        for (int b = 0; b < blocks; ++b) sum[p][b] = zero();
+    const auto add_channel = [&] {
+        Vector w[blocks];
+        for (int b = 0; b < blocks; ++b) {
+            w[b] = load(weights + b * lanes);
+            __builtin_prefetch(weights + 2048 + b * lanes);  // 8 KB ahead: a new page makes the processor wait
+        }
+        for (int p = 0; p < pixels; ++p) {
+            const Vector x = repeat<1>(source + p * source_pixel);
+            for (int b = 0; b < blocks; ++b) sum[p][b] = multiply_add(x, w[b], sum[p][b]);
+        }
+        ++source;
+        weights += blocks * lanes;
+    };
+    // What the end of the tile touches is far away in memory, in pieces too short for the processor to foresee.
+    int channel = 0;
+    for (; channel < least(pixels, depth); ++channel) {
+        for (int b = 0; b < blocks; ++b) {
+            __builtin_prefetch(to.y + channel * to.pixel + b * lanes, 1);
+            if (to.residual) __builtin_prefetch(to.residual + channel * to.pixel + b * lanes);
+        }
+        add_channel();
+    }
+    for (; channel < depth; ++channel) add_channel();
+    for (int p = 0; p < pixels; ++p)
+        for (int b = 0; b < blocks; ++b) {
+            const Offset at = p * to.pixel + b * lanes;
+            if (b == blocks - 1 && to.last_lanes < lanes) {
+                float values[lanes];
+                store(values, sum[p][b]);
+                for (int lane = 0; lane < to.last_lanes; ++lane) {
+                    float value = values[lane];
+                    if (!to.first) value += to.y[at + lane];
+                    if (to.last) value += to.bias[b * lanes + lane];
+                    if (to.last && to.residual) value += to.residual[at + lane];
+                    to.y[at + lane] = to.last && to.relu && value < 0 ? 0 : value;
+                }
+                continue;
+            }
+            Vector value = sum[p][b];
+            if (!to.first) value = add(value, load(to.y + at));
+            if (to.last) {
+                value = add(value, load(to.bias + b * lanes));
+                if (to.residual) value = add(value, load(to.residual + at));
+                if (to.relu) value = positive(value);
+            }
+            store(to.y + at, value);
+        }
+}
+
+using Multiply = void (*)(const float *, Offset, int, const float *, const Target &);
+
+template <int blocks> Multiply multiply_of(int pixels) {
+    Multiply chosen = nullptr;
+#define EPSANET_PIXELS(count) \
+    if constexpr (count <= max_pixels[1]) \
+        if (pixels == count) chosen = multiply<blocks, count>;
+    EPSANET_PIXELS(1) EPSANET_PIXELS(2) EPSANET_PIXELS(3) EPSANET_PIXELS(4) EPSANET_PIXELS(5) EPSANET_PIXELS(6)
+    EPSANET_PIXELS(7) EPSANET_PIXELS(8) EPSANET_PIXELS(9) EPSANET_PIXELS(10) EPSANET_PIXELS(11) EPSANET_PIXELS(12)
+    EPSANET_PIXELS(13) EPSANET_PIXELS(14)
+#undef EPSANET_PIXELS
+    return chosen;
+}
+
+void pointwise(const Pointwise &layer, Offset begin, Offset end, int first, int last, float *scratch) {
+    const int stride = layer.stride, in = layer.in_channels, out = layer.out_channels;
+    const int out_height = (layer.height - 1) / stride + 1, out_width = (layer.width - 1) / stride + 1;
+    const int pixels = int(end - begin), tiles = divide_up(pixels, max_pixels[1]);
+    for (int channel = 0; channel < in; channel += panel_depth) {
+        const int depth = least(panel_depth, in - channel);
+        const Offset source_pixel = depth + lanes;  // a vector more keeps neighbouring pixels off the same cache sets
+        for (Offset pixel = begin; pixel < end; ++pixel) {
+            Offset from = pixel;
+            if (stride > 1) {
+                const Offset row = pixel / out_width, image = row / out_height;
+                from = (image * layer.height + row % out_height * stride) * layer.width + pixel % out_width * stride;
+            }
+            memcpy(scratch + (pixel - begin) * source_pixel, layer.x + from * in + channel, sizeof(float) * depth);
+        }
+        for (int block = first; block < last; block += weight_block) {
+            const int blocks = least(weight_block, last - block);
+            const float *weights = layer.weights + (Offset(block) * in + Offset(channel) * blocks) * lanes;
+            Target to{};
+            to.pixel = out;
+            to.bias = layer.bias + block * lanes;
+            to.last_lanes = least(lanes, out - (block + blocks - 1) * lanes);
+            to.first = channel == 0;
+            to.last = channel + depth == in;
+            to.relu = layer.relu;
+            for (int tile = 0; tile < tiles; ++tile) {
+                const int at = pixels * tile / tiles, count = pixels * (tile + 1) / tiles - at;
+                const Offset result = (begin + at) * out + block * lanes;
+                to.y = layer.y + result;
+                to.residual = layer.residual ? layer.residual + result : nullptr;
+                const Multiply run = blocks == 1 ? multiply_of<1>(count) : multiply_of<2>(count);
+                run(scratch + at * source_pixel, source_pixel, depth, weights, to);
+            }
+        }
+    }
+}
+
 // ----------------------------------------------------------------------------------------------- after the attention
 
 void rescale(float *y, int pixels, int channels, const float *scale, const float *shift, bool relu) {
@@ -776,5 +884,5 @@ void rescale(float *y, int pixels, int channels, const float *scale, const float
 extern const Kernels EPSANET_JOIN(kernels_, EPSANET_ISA);
 const Kernels EPSANET_JOIN(kernels_, EPSANET_ISA) = {EPSANET_TEXT(EPSANET_ISA), EPSANET_ISA::forward,
                                                      EPSANET_ISA::input_gradient, EPSANET_ISA::weight_gradient,
-                                                     EPSANET_ISA::rescale};
+                                                     EPSANET_ISA::pointwise, EPSANET_ISA::rescale};
 }  // namespace epsanet

@@ -36,9 +36,6 @@ struct Problem {
     bool ordered;  // tensors outside hold the lane order already
     const std::int32_t *in_order, *out_order;  // natural channel of each lane position
     int in_places, out_places;
-    // What an inference network does to a result in lane order before it leaves the cache; null and false: nothing.
-    const float *bias, *residual;
-    bool relu;
     int forward_rows, backward_rows, forward_bands, backward_bands;  // rows of a unit of work
 };
 
@@ -57,7 +54,8 @@ struct Layout {
 
 Layout layout_of(const Problem &problem, const Branch &branch, Direction direction);
 
-// Rows of one image (or of sixteen). `branch`, `outer` and `block` pick one part of a forward pass; -1: all of it.
+// Rows of one image (or of sixteen). `branch`, or `branch`, `outer` and `block`, pick one part of a forward
+// pass; -1: all of it.
 struct Unit {
     int image, band, row_begin, row_end;
     int branch, outer, block;
@@ -66,6 +64,17 @@ struct Unit {
 struct Scratch {
     float *source, *second, *result;
 };
+
+// A dense 1×1 convolution of an inference network: x · weights + bias, + residual unless that is null, then ReLU if
+// asked for. Weights are packed as those of a branch with one group; the residual lies as y does.
+struct Pointwise {
+    int batch, height, width, in_channels, out_channels, stride;
+    const float *x, *weights, *bias, *residual;
+    bool relu;
+    float *y;
+};
+// Pixels and channels of the source that stay in a second-level cache while all results are made of them.
+constexpr int panel_pixels = 112, panel_depth = 512;
 
 // The operations in one instruction set. `add` is added to every pixel of the result's gradient.
 struct Kernels {
@@ -76,6 +85,9 @@ struct Kernels {
                            float *dx, const Scratch &);
     void (*weight_gradient)(const Problem &, const Unit &, const float *x, const float *dy, const float *add,
                             float *gradient, const Scratch &);
+    // Pixels `begin` to `end` of the batch's results, and of their vectors of channels `first` to `last`; `scratch` has
+    // room for a panel, whose pixels are a vector further apart than its channels.
+    void (*pointwise)(const Pointwise &, ptrdiff_t begin, ptrdiff_t end, int first, int last, float *scratch);
     // y = y · scale + shift for every pixel of one image, then ReLU if asked for.
     void (*rescale)(float *y, int pixels, int channels, const float *scale, const float *shift, bool relu);
 };
