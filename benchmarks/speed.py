@@ -1,10 +1,12 @@
 """How fast the networks run on this machine's CPU, against others and other engines: tables, bars, a plot.
 
 Contenders take turns inside one run, so that a busy moment hits all; figures are medians with the quartiles' distance.
-``--quick`` measures what the bars need in a few minutes. On a machine that others use too, ``--threads 1 --clock cpu``
-counts this process's processor time instead of the clock on the wall.
+``--quick`` measures what the bars need in a few minutes; ``--no-compile`` leaves out ``torch.compile``, which takes over
+half of the rest. On a machine that others use too, ``--threads 1 --clock cpu`` counts this process's processor time
+instead of the clock on the wall.
 
-Usage: python benchmarks/speed.py [--quick] [--threads N] [--clock wall|cpu] [--rounds N] [--output FOLDER]
+Usage: python benchmarks/speed.py [--quick] [--no-compile] [--batches N ...] [--threads N] [--clock wall|cpu]
+                                  [--rounds N] [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -357,6 +359,8 @@ def memory() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only what the bars need, without torch.compile")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="of inference (default: 1 16 64)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=None)
@@ -382,8 +386,8 @@ def main() -> None:
             inference(clock, batch, ("epsanet50_small", "resnet50"), compiled=False)
         training(clock)
         return
-    for batch in (1, 16, 64):
-        inference(clock, batch, (*NETWORKS, *RIVALS), compiled=True)
+    for batch in arguments.batches:
+        inference(clock, batch, (*NETWORKS, *RIVALS), compiled=not arguments.no_compile)
     training(clock)
     growth(clock, peak, arguments.output)
     memory()
