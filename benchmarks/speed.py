@@ -1,9 +1,8 @@
 """How fast the networks run on this machine's CPU, against others and other engines: tables, bars, a plot.
 
 Contenders take turns inside one run, so that a busy moment hits all; figures are medians with the quartiles' distance.
-``--quick`` measures what the bars need in a few minutes; ``--no-compile`` leaves out ``torch.compile``, which takes over
-half of the rest. On a machine that others use too, ``--threads 1 --clock cpu`` counts this process's processor time
-instead of the clock on the wall.
+``--quick`` measures what the bars need in a few minutes; ``--no-compile`` leaves out ``torch.compile``. On a machine
+that others use too, ``--threads 1 --clock cpu`` counts this process's processor time instead of the clock on the wall.
 
 Usage: python benchmarks/speed.py [--quick] [--no-compile] [--batches N ...] [--threads N] [--clock wall|cpu]
                                   [--rounds N] [--output FOLDER]
