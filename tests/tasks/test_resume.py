@@ -427,7 +427,8 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_sound_one_is_used(
         last.with_name("else.ckpt").replace(last)
     else:
         last.write_bytes({"cut": whole[: len(whole) // 2], "emptied": b"", "words": b"no checkpoint"}[damage])
-    last.with_name("best.ckpt").unlink()
+    if checkpoint(run, "best")["global_step"] > 10:  # by rounding, which differs from processor to processor
+        last.with_name("best.ckpt").unlink()  # or it were the newest
     train(resume=run)
     assert re.search(r"last\.ckpt is damaged: .*going on from previous\.ckpt, of step 10", capsys.readouterr().err)
     same_run(run, trained.result.run)
