@@ -56,6 +56,8 @@ def test_gradients_of_sums_and_residuals_of_another_type_or_layout_raise() -> No
         "weight gradient": lambda dsums: layer.weight_gradient(x, x, dsums, gradients, True, 1),
         "residual": lambda residual: pointwise.infer_pointwise(x, packed, bias, residual, result, False, 1),
     }
+    with pytest.raises(ValueError, match="only one dense 1×1 convolution"):
+        layer.infer_pointwise(x, torch.zeros(layer.packed_size(False)), bias, None, result, False, 1)
     for name, call in calls.items():
         right = x if name == "residual" else dsums
         call(right)
