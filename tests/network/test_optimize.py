@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import copy
+import io
 import shutil
 
 import pytest
@@ -12,7 +15,7 @@ from trained import trained_looking
 
 import epsanet.network.epsanet  # noqa: F401 - registers the variants
 from epsanet import PSA, kernels, optimize
-from epsanet.network.optimize import _Attention, _NativeConvolution
+from epsanet.network.optimize import _Attention, _Chain, _NativeConvolution
 
 
 def images(name: str, batch: int) -> Tensor:
@@ -298,3 +301,60 @@ def test_a_network_that_asserts_what_its_input_is_cannot_be_traced_and_is_still_
 
     model, x = Asserting().eval(), torch.randn(2, 3, 9, 9)
     check_same_logits(model, optimize(model, x), x)
+
+
+def only_chain(network: nn.Module) -> _Chain:
+    (chain,) = (module for module in network.modules() if isinstance(module, _Chain))
+    return chain
+
+
+def one_by_one(chain: _Chain, x: Tensor) -> Tensor:
+    """What the chain's layers give when Python calls each of them, as for any other kind of tensor."""
+    result: Tensor = chain(nn.Parameter(x, requires_grad=False))
+    return result
+
+
+@pytest.mark.skipif(not kernels.available(), reason="built without the native kernels")
+def test_all_blocks_of_a_network_are_one_chain_that_gives_what_its_layers_give_in_any_thread() -> None:
+    model = trained_looking("epsanet26_tiny")
+    shortcuts = sum(name.endswith("downsample.0") for name, _ in model.named_modules())
+    chain = only_chain(optimize(model, images("tiny", 2)))
+    assert len(chain.layers) == 8 * 3 + shortcuts
+    maps = [
+        torch.randn(batch, chain.layers[0].in_channels, size, size)
+        for batch, size in ((1, 32), (5, 24), (2, 40), (1, 1))
+    ]
+    expected = [one_by_one(chain, x) for x in maps]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for found, wanted in zip(pool.map(chain, maps), expected, strict=True):
+                assert torch.equal(found, wanted)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="built without the native kernels")
+def test_copies_of_a_chain_have_weights_of_their_own_and_changed_weights_count() -> None:
+    network, x = optimize(trained_looking("epsanet14_tiny"), images("tiny", 2)), images("tiny", 3)
+    expected = network(x)
+    buffer = io.BytesIO()
+    torch.save(network, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(network), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), expected)
+        bias = only_chain(other).layers[-1].bias
+        bias += 1
+        assert not torch.equal(other(x), expected)
+    assert torch.equal(network(x), expected)
+    network.double().float()
+    assert torch.equal(network(x), expected)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="built without the native kernels")
+def test_a_backbone_has_a_chain_for_each_of_its_feature_maps() -> None:
+    backbone = timm.create_model("epsanet26_tiny", features_only=True).eval()
+    backbone.load_state_dict(trained_looking("epsanet26_tiny").state_dict(), strict=False)
+    network, x = optimize(backbone, images("tiny", 2)), images("tiny", 3)
+    assert sum(isinstance(module, _Chain) for module in network.modules()) == 4
+    with torch.no_grad():
+        expected = backbone(x)
+    for found, wanted in zip(network(x), expected, strict=True):
+        assert (found - wanted).abs().max() <= 1e-4 * max(1.0, wanted.abs().max().item())

@@ -5,6 +5,7 @@ or images where even the groups are too few. ``PSA`` uses these kernels by itsel
 otherwise. See ``docs/speed.md``.
 """
 
+from epsanet.kernels.chain import InferenceChain, in_large_pages
 from epsanet.kernels.choice import Choice, available, instruction_set, instruction_sets, set_instruction_set, use
 from epsanet.kernels.operators import (
     pack_for_inference,
@@ -18,7 +19,9 @@ from epsanet.kernels.order import input_order, output_order
 
 __all__ = [
     "Choice",
+    "InferenceChain",
     "available",
+    "in_large_pages",
     "input_order",
     "instruction_set",
     "instruction_sets",

@@ -125,7 +125,7 @@ def set_instruction_set(name: str) -> None:
     """Use another instruction set; the environment variable ``EPSANET_KERNELS_ISA`` does it for a process.
 
     Args:
-        name: ``"avx512"``, ``"avx2"`` or ``"portable"``.
+        name: ``"amx"``, ``"avx512"``, ``"avx2"`` or ``"portable"``.
 
     Raises:
         ValueError: when this processor or installation has no such one.

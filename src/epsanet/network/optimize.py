@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -98,6 +99,11 @@ def _as_list(outputs: Any) -> list[Tensor]:
 class _Attention(nn.Module):
     """A PSA module with the norm and ReLU after it, computed by one native operator."""
 
+    packed: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
     scale: Tensor
     shift: Tensor
 
@@ -134,11 +140,32 @@ class _Attention(nn.Module):
     def output_order(self) -> Tensor:
         return torch.tensor(kernels.output_order(len(self.scale), tuple(self.groups), self.split), device="cpu")
 
+    def squeeze_excite(self) -> list[Tensor]:
+        return [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
+
+    def add_to(self, chain: kernels.InferenceChain, source: int, residual: int | None) -> None:
+        assert residual is None
+        chain.add_attention(
+            self.packed,
+            self.squeeze_excite(),
+            self.scale,
+            self.shift,
+            self.in_channels,
+            self.kernel_sizes,
+            self.groups,
+            self.stride,
+            self.split,
+            self.over_scales,
+            self.relu,
+            self.ordered,
+            source,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.epsanet.pyramid_attention(
             x,
             self.packed,
-            [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias],
+            self.squeeze_excite(),
             self.scale,
             self.shift,
             self.kernel_sizes,
@@ -175,16 +202,61 @@ class _FusedConvolution(nn.Module):
 class _NativeConvolution(nn.Module):
     """The same for 1×1 convolutions on the native kernels, whose weights are packed once."""
 
+    packed: Tensor
+    bias: Tensor
+
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
         bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
         self.register_buffer("packed", kernels.pack_for_inference([conv.weight], conv.in_channels, [1], False))
         self.register_buffer("bias", bias.detach().contiguous())
-        self.stride, self.relu = conv.stride[0], relu
+        self.in_channels, self.stride, self.relu = conv.in_channels, conv.stride[0], relu
+
+    def add_to(self, chain: kernels.InferenceChain, source: int, residual: int | None) -> None:
+        chain.add_pointwise(self.packed, self.bias, self.in_channels, self.stride, self.relu, source, residual)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.epsanet.pointwise_convolution(x, self.packed, self.bias, residual, self.stride, self.relu)
         return y
+
+
+class _Chain(nn.Module):
+    """Native layers that follow one another, in one call: to return to Python between them costs as much as some do.
+
+    Args:
+        layers: in the order in which they run.
+        inputs: of each layer, its source and its residual: 0 is the chain's input, ``i`` the ``i``-th layer's result.
+    """
+
+    def __init__(
+        self, layers: Sequence[_NativeConvolution | _Attention], inputs: Sequence[tuple[int, int | None]]
+    ) -> None:
+        super().__init__()
+        self.layers, self.inputs = nn.ModuleList(layers), list(inputs)
+        packed = kernels.in_large_pages([layer.packed for layer in layers])
+        for layer, weights in zip(layers, packed, strict=True):
+            layer.packed = weights
+        self.native: kernels.InferenceChain | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # What records the network wants to see its operators.
+        if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._is_tracing() or not x.numel():
+            results = [x]
+            for layer, (source, residual) in zip(self.layers, self.inputs, strict=True):
+                results.append(layer(results[source], *(() if residual is None else (results[residual],))))
+            return results[-1]
+        if self.native is None:
+            self.native = kernels.InferenceChain()
+            for layer, (source, residual) in zip(self.layers, self.inputs, strict=True):
+                layer.add_to(self.native, source, residual)  # type: ignore[operator]
+        return self.native(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "native": None}  # a copy has weights of its own
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.native = None  # whatever is done to the weights, they may lie elsewhere then
+        return super()._apply(fn, recurse)
 
 
 def _fused(conv: nn.Conv2d, relu: bool) -> nn.Module:
@@ -210,6 +282,7 @@ def _fuse(network: fx.GraphModule, example_input: Tensor, fuse_convolutions: boo
         _fuse_attention(rewriter)
     if fuse_convolutions and torch.backends.mkldnn.is_available():
         _fuse_residuals(rewriter)
+        _join(rewriter)
     network.graph.lint()
     network.recompile()
     network.delete_all_unused_submodules()
@@ -296,3 +369,47 @@ def _fuse_residuals(rewriter: Rewriter) -> None:
             rewriter.network.graph.erase_node(last)
             node.args = (*node.args, residual)
         rewriter.replace(node, _fused(conv, relu))
+
+
+def _join(rewriter: Rewriter) -> None:
+    """Make chains of native layers that follow one another."""
+    graph = rewriter.network.graph
+    run: list[fx.Node] = []
+    runs = [run]
+    for node in graph.nodes:
+        if isinstance(rewriter.layer(node), _NativeConvolution | _Attention) and rewriter.free(node):
+            run.append(node)
+        else:
+            run = []
+            runs.append(run)
+    for run in runs:
+        while len(run) > 1:
+            count = next((count for count in range(len(run), 1, -1) if _is_chain(run[:count])), 1)
+            if count > 1:
+                _make_chain(rewriter, run[:count])
+            run = run[count:]
+
+
+def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What these take from elsewhere."""
+    return list(dict.fromkeys(value for node in nodes for value in node.all_input_nodes if value not in nodes))
+
+
+def _is_chain(nodes: Sequence[fx.Node]) -> bool:
+    """Whether one value goes into these and one comes out."""
+    inside = all(node.users and all(user in nodes for user in node.users) for node in nodes[:-1])
+    return inside and len(_inputs(nodes)) == 1
+
+
+def _make_chain(rewriter: Rewriter, nodes: Sequence[fx.Node]) -> None:
+    (taken,), graph = _inputs(nodes), rewriter.network.graph
+    number = {value: at for at, value in enumerate([taken, *nodes])}
+    layers: list[Any] = [rewriter.layer(node) for node in nodes]
+    inputs = [(number[node.args[0]], number[node.args[1]] if len(node.args) > 1 else None) for node in nodes]  # type: ignore[index]
+    name = f"chain_of_{nodes[-1].name}"
+    rewriter.network.add_submodule(name, _Chain(layers, inputs))
+    with graph.inserting_after(nodes[-1]):
+        joined = graph.call_module(name, (taken,))
+    nodes[-1].replace_all_uses_with(joined)
+    for node in reversed(nodes):
+        graph.erase_node(node)

@@ -3,11 +3,15 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 
+#include "chain.hpp"
 #include "convolution.hpp"
 #include "threads.hpp"
 
@@ -83,12 +87,9 @@ class Layer {
     // A 1×1 convolution with bias, residual and activation of an inference network.
     void infer_pointwise(Image x, Row packed, Row bias, std::optional<Image> residual,
                            Buffer<float, nb::ndim<4>> y, bool relu, int threads) const {
-        require(branches_.size() == 1 && branches_[0].kernel == 1 && branches_[0].groups == 1 && !in_order_.empty(),
-                "only one dense 1×1 convolution with its channel orders is inferred without attention");
+        check_pointwise(packed, bias);
         const Problem layer = problem_of(x, true);
-        check_packed(packed, false);
         check_result(layer, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
-        require(int(bias.size()) == out_channels_, "the bias must have K entries");
         if (residual)
             check_result(layer, residual->shape(0), residual->shape(1), residual->shape(2), residual->shape(3));
         const Pointwise convolution{layer.batch,    layer.height, layer.width,   in_channels_,
@@ -104,21 +105,31 @@ class Layer {
                Row shift, Buffer<float, nb::ndim<4>> y, bool over_scales, bool relu, bool ordered,
                int threads) const {
         const Problem layer = problem_of(x, ordered);
-        check_packed(packed, false);
         check_result(layer, y.shape(0), y.shape(1), y.shape(2), y.shape(3));
-        const std::size_t channels = layer.out_channels, each = channels / branches_.size();
-        const std::size_t hidden = fc1_weight.shape(0);
+        const Attention maps = attention(packed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, over_scales, relu);
+        const nb::gil_scoped_release release;
+        std::vector<float> sums(std::size_t(layer.batch) * out_channels_);
+        epsanet::forward(layer, x.data(), packed.data(), y.data(), sums.data(), threads);
+        recalibrate(layer, maps, sums.data(), y.data(), threads);
+    }
+
+    void check_pointwise(const Row &packed, const Row &bias) const {
+        require(branches_.size() == 1 && branches_[0].kernel == 1 && branches_[0].groups == 1 && !in_order_.empty(),
+                "only one dense 1×1 convolution with its channel orders is inferred without attention");
+        check_packed(packed, false);
+        require(int(bias.size()) == out_channels_, "the bias must have K entries");
+    }
+
+    Attention attention(const Row &packed, const Matrix &fc1_weight, const Row &fc1_bias, const Matrix &fc2_weight,
+                        const Row &fc2_bias, const Row &scale, const Row &shift, bool over_scales, bool relu) const {
+        check_packed(packed, false);
+        const std::size_t channels = out_channels_, each = channels / branches_.size(), hidden = fc1_weight.shape(0);
         require(fc1_weight.shape(1) == each && fc1_bias.size() == hidden && fc2_weight.shape(0) == each &&
                     fc2_weight.shape(1) == hidden && fc2_bias.size() == each,
                 "the SEWeight's maps must be hidden × D and D × hidden");
         require(scale.size() == channels && shift.size() == channels, "scale and shift must have K entries");
-        const Attention attention{fc1_weight.data(), fc1_bias.data(), fc2_weight.data(), fc2_bias.data(),
-                                  int(hidden),       over_scales,     scale.data(),      shift.data(),
-                                  relu};
-        const nb::gil_scoped_release release;
-        std::vector<float> sums(layer.batch * channels);
-        epsanet::forward(layer, x.data(), packed.data(), y.data(), sums.data(), threads);
-        recalibrate(layer, attention, sums.data(), y.data(), threads);
+        return {fc1_weight.data(), fc1_bias.data(), fc2_weight.data(), fc2_bias.data(), int(hidden), over_scales,
+                scale.data(),      shift.data(),    relu};
     }
 
     void input_gradient(Image dy, std::optional<Matrix> dsums, Row packed, Buffer<float, nb::ndim<4>> dx,
@@ -183,6 +194,68 @@ class Layer {
     std::vector<BranchShape> branches_;
 };
 
+// A chain whose layers and weights are kept with it.
+class InferenceChain {
+  public:
+    // The next step: a 1×1 convolution of `source` with bias, residual and activation.
+    void add_pointwise(const Layer &layer, Row packed, Row bias, bool relu, int source, int residual) {
+        layer.check_pointwise(packed, bias);
+        Step step{};
+        step.problem = [layer](int batch, int height, int width) { return layer.problem(batch, height, width, true); };
+        step.packed = packed.data();
+        step.bias = bias.data();
+        step.relu = relu;
+        add(step, source, residual, {packed, bias});
+    }
+
+    // The next step: a PSA module with norm and activation.
+    void add_attention(const Layer &layer, Row packed, Matrix fc1_weight, Row fc1_bias, Matrix fc2_weight, Row fc2_bias,
+                       Row scale, Row shift, bool over_scales, bool relu, bool ordered, int source) {
+        Step step{};
+        step.problem = [layer, ordered](int batch, int height, int width) { return layer.problem(batch, height, width, ordered); };
+        step.packed = packed.data();
+        step.attends = true;
+        step.attention = layer.attention(packed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale, shift, over_scales, relu);
+        add(step, source, -1, {packed, fc1_bias, fc2_bias, scale, shift});
+        matrices_.insert(matrices_.end(), {fc1_weight, fc2_weight});
+    }
+
+    std::tuple<int, int, int> result_size(int height, int width) {
+        const Size size = chain().result_size(height, width);
+        return {size.height, size.width, size.channels};
+    }
+
+    void run(Image x, Buffer<float, nb::ndim<4>> y, int threads) {
+        Chain &steps = chain();
+        require(int(x.shape(3)) == steps.in_channels(), "the input must be N × H × W × C with the first layer's channels");
+        const Size size = steps.result_size(int(x.shape(1)), int(x.shape(2)));
+        require(y.shape(0) == x.shape(0) && int(y.shape(1)) == size.height && int(y.shape(2)) == size.width &&
+                    int(y.shape(3)) == size.channels,
+                "the output must be N × H' × W' × K");
+        const nb::gil_scoped_release release;
+        steps.run(int(x.shape(0)), int(x.shape(1)), int(x.shape(2)), x.data(), y.data(), threads);
+    }
+
+  private:
+    void add(Step &step, int source, int residual, std::initializer_list<Row> rows) {
+        require(!chain_, "the chain has run already");
+        step.source = source;
+        step.residual = residual;
+        steps_.push_back(step);
+        rows_.insert(rows_.end(), rows);
+    }
+
+    Chain &chain() {
+        if (!chain_) chain_ = std::make_unique<Chain>(steps_);
+        return *chain_;
+    }
+
+    std::vector<Step> steps_;
+    std::vector<Row> rows_;
+    std::vector<Matrix> matrices_;
+    std::unique_ptr<Chain> chain_;
+};
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -219,4 +292,17 @@ NB_MODULE(_native, module) {
              nb::arg("packed").noconvert(), nb::arg("dx").noconvert(), nb::arg("ordered"), nb::arg("threads"))
         .def("weight_gradient", &Layer::weight_gradient, nb::arg("x").noconvert(), nb::arg("dy").noconvert(),
              nb::arg("dsums").none().noconvert(), nb::arg("gradients").noconvert(), nb::arg("ordered"), nb::arg("threads"));
+    module.def(
+        "prefer_large_pages", [](Buffer<float, nb::ndim<1>> memory) { prefer_large_pages(memory.data(), memory.size()); },
+        nb::arg("memory").noconvert());
+    nb::class_<InferenceChain>(module, "Chain")
+        .def(nb::init<>())
+        .def("add_pointwise", &InferenceChain::add_pointwise, nb::arg("layer"), nb::arg("packed").noconvert(),
+             nb::arg("bias").noconvert(), nb::arg("relu"), nb::arg("source"), nb::arg("residual"))
+        .def("add_attention", &InferenceChain::add_attention, nb::arg("layer"), nb::arg("packed").noconvert(),
+             nb::arg("fc1_weight").noconvert(), nb::arg("fc1_bias").noconvert(), nb::arg("fc2_weight").noconvert(),
+             nb::arg("fc2_bias").noconvert(), nb::arg("scale").noconvert(), nb::arg("shift").noconvert(),
+             nb::arg("over_scales"), nb::arg("relu"), nb::arg("ordered"), nb::arg("source"))
+        .def("result_size", &InferenceChain::result_size, nb::arg("height"), nb::arg("width"))
+        .def("run", &InferenceChain::run, nb::arg("x").noconvert(), nb::arg("y").noconvert(), nb::arg("threads"));
 }

@@ -8,6 +8,12 @@
 #include <new>
 #include <stdexcept>
 
+#ifdef EPSANET_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "threads.hpp"
 
 namespace epsanet {
@@ -269,12 +275,30 @@ std::uint64_t fingerprint(const float *values, std::size_t count, std::uint64_t 
 
 namespace {
 
+#ifdef EPSANET_AMX
+// Whether this processor multiplies tiles of bfloat16, and the system lets this process do it.
+bool tiles_granted() {
+    static const bool granted = [] {
+        constexpr unsigned tile_unit = 1u << 24, bfloat16 = 1u << 22;  // of leaf 7's EDX
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_unit) == 0 || (d & bfloat16) == 0) return false;
+        constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    }();
+    return granted;
+}
+#endif
+
 std::vector<const Kernels *> available_kernels() {
     std::vector<const Kernels *> found;
 #ifdef EPSANET_X86
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
+#ifdef EPSANET_AMX
+        if (tiles_granted()) found.push_back(&kernels_amx());
+#endif
         found.push_back(&kernels_avx512);
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
 #endif
     found.push_back(&kernels_portable);
@@ -474,17 +498,21 @@ void pointwise(const Pointwise &layer, int threads) {
                                   ((layer.width - 1) / layer.stride + 1);
     if (double(pixels) * layer.in_channels * layer.out_channels < small) threads = 1;
     const int blocks = (layer.out_channels + lanes - 1) / lanes, pairs = (blocks + weight_block - 1) / weight_block;
-    const int panels = int((pixels + panel_pixels - 1) / panel_pixels);
+    const Kernels &kernels = *chosen_kernels();
+    const int tile = kernels.pixels_of_tile, tiles = int((pixels + tile - 1) / tile);
+    const int panels = (tiles + kernels.tiles_of_panel - 1) / kernels.tiles_of_panel;
     // Few panels that do not go round: threads share the result channels of each.
     int parts = 1;
     while (parts < pairs && panels * parts < 4 * threads && panels * parts % threads) ++parts;
-    const std::size_t panel = panel_pixels * (std::min(layer.in_channels, panel_depth) + lanes);
-    const Kernels &kernels = *chosen_kernels();
+    const std::size_t scratch = kernels.pointwise_scratch(std::min(layer.in_channels, panel_depth));
     share(panels * parts, threads, [&](int unit, int) {
         const int number = unit / parts, part = unit % parts;
         const auto first_block = [&](int of_part) { return std::min(blocks, pairs * of_part / parts * weight_block); };
-        kernels.pointwise(layer, pixels * number / panels, pixels * (number + 1) / panels, first_block(part),
-                          first_block(part + 1), workspace.at_least(panel));
+        const auto first_pixel = [&](int of_panel) {
+            return std::min(pixels, std::ptrdiff_t(tiles) * of_panel / panels * tile);
+        };
+        kernels.pointwise(layer, first_pixel(number), first_pixel(number + 1), first_block(part), first_block(part + 1),
+                          workspace.at_least(scratch));
     });
 }
 

@@ -7,12 +7,14 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <set>
 #include <vector>
 
+#include "chain.hpp"
 #include "convolution.hpp"
 
 #define EPSANET_ISA many_registers
@@ -211,6 +213,48 @@ bool pointwise_wrong(long call, std::mt19937 &random) {
     return wrong(call, "1×1 convolution", expected, y.get()[result]);
 }
 
+// A chain of 1×1 convolutions, whose values share memory, against each convolution with memory of its own.
+bool chain_wrong(long call, std::mt19937 &random) {
+    const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
+    const int count = pick(1, 6), channels = pick(0, 30) ? pick(1, 40) : pick(510, 530), threads = pick(1, 3);
+    const int batch = pick(1, 3), height = pick(1, 6), width = channels > 40 ? 1 : pick(1, 12);
+    std::vector<std::int32_t> order(channels);
+    std::iota(order.begin(), order.end(), 0);
+    const auto problem = [&](int images, int rows, int columns) {
+        return make_problem(images, rows, columns, channels, channels, 1, {{1, 1}}, false, Lanes::groups, true, order.data(), order.data());
+    };
+    const Problem of_step = problem(batch, height, width);
+    const std::size_t size = std::size_t(batch) * height * width * channels;
+    std::vector<Floats> weights, biases, values;
+    std::vector<Step> steps;
+    values.emplace_back(size, pick(0, 15), random);
+    for (int number = 0; number < count; ++number) {
+        Floats natural(std::size_t(channels) * channels, pick(0, 15), random);
+        weights.emplace_back(packed_size(of_step, Direction::forward), pick(0, 15), random);
+        const float *const pointer = natural.get();
+        pack_weights(of_step, Direction::forward, &pointer, weights.back().get(), threads);
+        biases.emplace_back(channels, pick(0, 15), random);
+        values.emplace_back(size, pick(0, 15), random);
+        Step step{};
+        step.problem = problem;
+        step.packed = weights.back().get();
+        step.bias = biases.back().get();
+        step.source = number;  // so that every value is used
+        step.residual = pick(-1, number);
+        step.relu = pick(0, 1) == 1;
+        steps.push_back(step);
+        pointwise({batch, height, width, channels, channels, 1, values[number].get(), step.packed, step.bias,
+                   step.residual >= 0 ? values[step.residual].get() : nullptr, step.relu, values.back().get()},
+                  threads);
+    }
+    Chain chain(steps);
+    Floats result(size, pick(0, 15), random);
+    chain.run(batch, height, width, values[0].get(), result.get(), threads);
+    if (std::memcmp(result.get(), values.back().get(), size * sizeof(float)) == 0) return false;
+    std::fprintf(stderr, "call %ld: a chain of %d steps gives other bits than its steps\n", call, count);
+    return true;
+}
+
 }  // namespace
 
 int main(int count, char **arguments) {
@@ -273,7 +317,7 @@ int main(int count, char **arguments) {
             sum.add(y.get()[plain.result(image, 0, at, problem.branches[b].out_offset + out)]);
         const std::ptrdiff_t place = plain.sum(image, problem.branches[b].out_offset + out);
         if (wrong(call, "sums", sum, sums.get()[place])) return 1;
-        if (pointwise_wrong(call, random)) return 1;
+        if (pointwise_wrong(call, random) || chain_wrong(call, random)) return 1;
         const float *add = pick(0, 1) ? sums.get() : nullptr;
         input_gradient(problem, dy.get(), add, packed_back.get(), dx.get(), threads);
         weight_gradient(problem, x.get(), dy.get(), add, gradient_pointers.data(), threads);

@@ -857,6 +857,10 @@ void pointwise(const Pointwise &layer, Offset begin, Offset end, int first, int 
     }
 }
 
+constexpr int panel_tiles = 112 / max_pixels[1];
+
+std::size_t pointwise_scratch(int depth) { return panel_tiles * max_pixels[1] * std::size_t(depth + lanes); }
+
 // ----------------------------------------------------------------------------------------------- after the attention
 
 void rescale(float *y, int pixels, int channels, const float *scale, const float *shift, bool relu) {
@@ -884,5 +888,6 @@ void rescale(float *y, int pixels, int channels, const float *scale, const float
 extern const Kernels EPSANET_JOIN(kernels_, EPSANET_ISA);
 const Kernels EPSANET_JOIN(kernels_, EPSANET_ISA) = {EPSANET_TEXT(EPSANET_ISA), EPSANET_ISA::forward,
                                                      EPSANET_ISA::input_gradient, EPSANET_ISA::weight_gradient,
-                                                     EPSANET_ISA::pointwise, EPSANET_ISA::rescale};
+                                                     EPSANET_ISA::pointwise, EPSANET_ISA::pointwise_scratch,
+                                                     EPSANET_ISA::max_pixels[1], EPSANET_ISA::panel_tiles, EPSANET_ISA::rescale};
 }  // namespace epsanet

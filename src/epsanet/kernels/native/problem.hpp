@@ -73,8 +73,8 @@ struct Pointwise {
     bool relu;
     float *y;
 };
-// Pixels and channels of the source that stay in a second-level cache while all results are made of them.
-constexpr int panel_pixels = 112, panel_depth = 512;
+// Channels of the source that stay in a second-level cache, for a panel of pixels, while all results are made of them.
+constexpr int panel_depth = 512;
 
 // The operations in one instruction set. `add` is added to every pixel of the result's gradient.
 struct Kernels {
@@ -85,9 +85,11 @@ struct Kernels {
                            float *dx, const Scratch &);
     void (*weight_gradient)(const Problem &, const Unit &, const float *x, const float *dy, const float *add,
                             float *gradient, const Scratch &);
-    // Pixels `begin` to `end` of the batch's results, and of their vectors of channels `first` to `last`; `scratch` has
-    // room for a panel, whose pixels are a vector further apart than its channels.
+    // Pixels `begin` to `end` of the batch's results, at most a panel of them, and of their vectors of channels `first`
+    // to `last`; `scratch` has `pointwise_scratch` floats.
     void (*pointwise)(const Pointwise &, ptrdiff_t begin, ptrdiff_t end, int first, int last, float *scratch);
+    std::size_t (*pointwise_scratch)(int depth);
+    int pixels_of_tile, tiles_of_panel;
     // y = y · scale + shift for every pixel of one image, then ReLU if asked for.
     void (*rescale)(float *y, int pixels, int channels, const float *scale, const float *shift, bool relu);
 };
@@ -95,6 +97,9 @@ struct Kernels {
 extern const Kernels kernels_portable;
 #ifdef EPSANET_X86
 extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+#ifdef EPSANET_AMX
+const Kernels &kernels_amx();  // those of AVX-512, but for the 1×1 convolutions
 #endif
 
 }  // namespace epsanet
