@@ -1,11 +1,12 @@
 """How fast the networks run on this machine's CPU, against others and other engines: tables, bars, a plot.
 
 Contenders take turns inside one run, so that a busy moment hits all; figures are medians with the quartiles' distance.
-``--quick`` measures what the bars need in a few minutes; ``--no-compile`` leaves out ``torch.compile``. On a machine
-that others use too, ``--threads 1 --clock cpu`` counts this process's processor time instead of the clock on the wall.
+``--quick`` measures what the bars need in a few minutes. Everything takes about three hours, most of it compiling;
+``--compile bars`` does that for the two networks of the bars only, ``--compile none`` for none. On a machine that
+others use too, ``--threads 1 --clock cpu`` counts this process's processor time instead of the clock on the wall.
 
-Usage: python benchmarks/speed.py [--quick] [--no-compile] [--batches N ...] [--threads N] [--clock wall|cpu]
-                                  [--rounds N] [--output FOLDER]
+Usage: python benchmarks/speed.py [--quick] [--compile all|bars|none] [--batches N ...] [--threads N]
+                                  [--clock wall|cpu] [--rounds N] [--output FOLDER]
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from epsanet.tasks.devices import keep_freed_memory
 
 RIVALS = ("resnet50", "seresnet50", "ecaresnet50t", "skresnet50", "resnext50_32x4d")
 NETWORKS = ("epsanet50_small", "epsanet50_large", "epsanet101_small", "epsanet101_large")
+BAR_NETWORKS = ("epsanet50_small", "resnet50")
 Run = Callable[[], object]
 
 
@@ -53,7 +55,10 @@ class Clock:
         for run in contenders.values():
             run()
         times: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(self.rounds):
+        begin = time.perf_counter()
+        for number in range(self.rounds):
+            if number >= 5 and time.perf_counter() - begin > 60:
+                break
             for name, run in contenders.items():
                 start = self.now()
                 run()
@@ -172,26 +177,38 @@ def onnx_file(model: nn.Module, x: Tensor, folder: Path) -> Path:
     return path
 
 
-def onnx_runtime(model: nn.Module, x: Tensor) -> Run:
+def onnx_runtime(path: Path, x: Tensor) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        session = onnxruntime.InferenceSession(onnx_file(model, x, Path(folder)), options)
+    session = onnxruntime.InferenceSession(path, options)
     feed = {session.get_inputs()[0].name: x.numpy()}
     return lambda: session.run(None, feed)
 
 
-def openvino_engine(model: nn.Module, x: Tensor) -> Run:
+def openvino_engine(path: Path, x: Tensor) -> Run:
     import openvino
 
-    with tempfile.TemporaryDirectory() as folder:
-        network = openvino.Core().read_model(onnx_file(model, x, Path(folder)))
+    network = openvino.Core().read_model(path)
     config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.compile_model(network, "CPU", config)
     images = x.numpy()
     return lambda: compiled(images)
+
+
+def on_instruction_set(network: nn.Module, x: Tensor, name: str) -> Run:
+    before = kernels.instruction_set()
+    assert before is not None
+
+    def run() -> object:
+        kernels.set_instruction_set(name)
+        try:
+            return network(x)
+        finally:
+            kernels.set_instruction_set(before)
+
+    return run
 
 
 def engines(name: str, model: nn.Module, x: Tensor, compiled: bool) -> dict[str, Run]:
@@ -202,36 +219,52 @@ def engines(name: str, model: nn.Module, x: Tensor, compiled: bool) -> dict[str,
     }
     optimized = epsanet.optimize(model, x)
     found[f"{name} optimize"] = lambda: optimized(x)
+    if name == BAR_NETWORKS[0]:
+        known = kernels.instruction_sets()
+        for older in known[
+            known.index(str(kernels.instruction_set())) + 1 : -1
+        ]:  # the portable one is none to race with
+            found[f"{name} on {older}"] = on_instruction_set(optimized, x, older)
     if compiled:
         found[f"{name} torch.compile, frozen"] = frozen(model, x)
         fast = epsanet.optimize(model, x, compile=True)
         found[f"{name} optimize, compiled"] = lambda: fast(x)
-    for engine, module, make in (
-        ("ONNX Runtime", "onnxruntime", onnx_runtime),
-        ("OpenVINO", "openvino", openvino_engine),
-    ):
-        if importlib.util.find_spec(module) is None or importlib.util.find_spec("onnxscript") is None:
-            print(f"{engine} is skipped: pip install 'epsanet[deploy]'")
-        else:
-            found[f"{name} {engine}"] = make(model, x)
+    if any(importlib.util.find_spec(module) is None for module in ("onnxruntime", "openvino", "onnxscript")):
+        print("ONNX Runtime and OpenVINO are skipped: pip install 'epsanet[deploy]'")
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        path = onnx_file(model, x, Path(folder))
+        found[f"{name} ONNX Runtime"] = onnx_runtime(path, x)
+        found[f"{name} OpenVINO"] = openvino_engine(path, x)
     return found
 
 
-def inference(clock: Clock, batch: int, networks: tuple[str, ...], compiled: bool) -> dict[str, tuple[float, float]]:
+def inference(clock: Clock, batch: int, others: tuple[str, ...], compiled: str) -> None:
+    """The two networks of the bars in one race; each other one in a race of its own, for memory, with ours in it."""
     x = torch.randn(batch, 3, 224, 224)
-    contenders: dict[str, Run] = {}
-    for name in networks:
-        contenders |= engines(name, timm.create_model(name).eval(), x, compiled)
-    times = clock.race(contenders)
-    table(f"Inference, batch {batch}, ms an image", times, divide=batch)
+    title = f"Inference, batch {batch}, ms an image"
+
+    def contenders(name: str) -> dict[str, Run]:
+        chosen = compiled == "all" or (compiled == "bars" and name in BAR_NETWORKS)
+        return engines(name, timm.create_model(name).eval(), x, chosen)
+
+    small = contenders("epsanet50_small")
+    times = clock.race(small | contenders("resnet50"))
+    table(title, times, divide=batch)
     ours = min(value[0] for name, value in times.items() if name.startswith("epsanet50_small optimize"))
-    rival = min(value[0] for name, value in times.items() if name.startswith("resnet50 "))
+    engine_times = {name: value[0] for name, value in times.items() if " optimize" not in name and " on " not in name}
+    rival = min(value for name, value in engine_times.items() if name.startswith("resnet50 "))
+    own = min(value for name, value in engine_times.items() if name.startswith("epsanet50_small "))
+    print(f"\nours / EPSANet-50 Small's best other engine: {ours / own:.2f}")
+    print(f"ours / ResNet-50 after `optimize`: {ours / times['resnet50 optimize'][0]:.2f}")
     if batch in (1, 16):
         plain = times["epsanet50_small NCHW"][0]
         bar(f"inference, batch {batch}: plain NCHW / ours", plain / ours, 3 if batch == 1 else 3.5, at_least=True)
         limit = 1.25 if batch == 1 else 1.10
         bar(f"inference, batch {batch}: ours / ResNet-50's best engine", ours / rival, limit, at_least=False)
-    return times
+    reference = {"epsanet50_small optimize": small["epsanet50_small optimize"]}
+    for name in others:
+        table(title, clock.race(reference | contenders(name)), divide=batch)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -358,7 +391,7 @@ def memory() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only what the bars need, without torch.compile")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--compile", choices=("all", "bars", "none"), default="all", help="what with torch.compile")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="of inference (default: 1 16 64)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -382,11 +415,12 @@ def main() -> None:
     small_training(clock)
     if arguments.quick:
         for batch in (1, 16):
-            inference(clock, batch, ("epsanet50_small", "resnet50"), compiled=False)
+            inference(clock, batch, (), compiled="none")
         training(clock)
         return
+    others = tuple(name for name in (*NETWORKS, *RIVALS) if name not in BAR_NETWORKS)
     for batch in arguments.batches:
-        inference(clock, batch, (*NETWORKS, *RIVALS), compiled=not arguments.no_compile)
+        inference(clock, batch, others, arguments.compile)
     training(clock)
     growth(clock, peak, arguments.output)
     memory()
