@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import gc
 import re
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +83,21 @@ def test_weights_in_large_pages_are_the_same_weights() -> None:
     copies = kernels.in_large_pages(tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
     assert copies[0].untyped_storage().data_ptr() == copies[1].untyped_storage().data_ptr()
+
+
+def test_memory_does_not_grow_with_chains_calls_and_threads() -> None:
+    weight, x = torch.eye(16)[:, :, None, None], torch.randn(2, 16, 64, 64)  # maps of half a MiB
+
+    def run(rounds: int) -> int:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for _ in range(rounds):
+                chain = kernels.InferenceChain()
+                for number in range(4):
+                    add(chain, weight, number)
+                for result in pool.map(chain, [x] * 4):
+                    assert torch.equal(result, x)
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # resident
+
+    before = run(50)
+    assert run(600) - before < 128 * 2**20  # where each chain has a MiB or two, and half of all calls as much again

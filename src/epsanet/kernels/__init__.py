@@ -2,7 +2,8 @@
 
 No engine fills its vector lanes where a group has few output channels. Here a vector's lanes are groups (``order``),
 or images where even the groups are too few. ``PSA`` uses these kernels by itself where they serve; ``use`` decides
-otherwise. See ``docs/speed.md``.
+otherwise. Inference networks have their 1×1 convolutions here too, and whole blocks in one call (``chain``). See
+``docs/speed.md``.
 """
 
 from epsanet.kernels.chain import InferenceChain, in_large_pages

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import epsanet.kernels.choice as choice
-from epsanet.kernels.operators import _channels_last, _layer
+from epsanet.kernels.operators import as_channels_last, native_layer
 
 __all__ = ["InferenceChain", "in_large_pages"]
 
@@ -33,7 +33,7 @@ class InferenceChain:
         self, packed: Tensor, bias: Tensor, in_channels: int, stride: int, relu: bool, source: int, residual: int | None
     ) -> None:
         """Add a dense 1×1 convolution; arguments as for ``pointwise_convolution``, ``residual`` by its number."""
-        layer = _layer(in_channels, bias.shape[0], (1,), (1,), stride, False, False)
+        layer = native_layer(in_channels, bias.shape[0], (1,), (1,), stride, False, False)
         self._native.add_pointwise(layer, packed, bias, relu, source, -1 if residual is None else residual)
 
     def add_attention(
@@ -53,7 +53,7 @@ class InferenceChain:
         source: int,
     ) -> None:
         """Add a PSA module, the norm and the activation after it; arguments as for ``pyramid_attention``."""
-        layer = _layer(in_channels, scale.shape[0], tuple(kernel_sizes), tuple(groups), stride, split, False)
+        layer = native_layer(in_channels, scale.shape[0], tuple(kernel_sizes), tuple(groups), stride, split, False)
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = squeeze_excite
         self._native.add_attention(
             layer,
@@ -72,7 +72,7 @@ class InferenceChain:
 
     def __call__(self, x_NCHW: Tensor) -> Tensor:
         """The last step's result, ``N, K, H', W'``, channels-last, of float32 on a CPU of shape ``N, C, H, W``."""
-        x_NHWC = _channels_last(x_NCHW)
+        x_NHWC = as_channels_last(x_NCHW)
         batch, height, width, _ = x_NHWC.shape
         y_NHWK = x_NHWC.new_empty(batch, *self._native.result_size(height, width))
         self._native.run(x_NHWC, y_NHWK, torch.get_num_threads())

@@ -136,7 +136,7 @@ def pyramid_convolution(
 
 
 @functools.cache
-def _layer(
+def native_layer(
     in_channels: int,
     out_channels: int,
     kernel_sizes: tuple[int, ...],
@@ -145,6 +145,7 @@ def _layer(
     split: bool,
     lanes_are_images: bool,
 ) -> Layer:
+    """The native library's object of a layer, one for all that are alike."""
     if choice.native is None:
         raise ValueError(f"{_MISSING}; use epsanet.kernels.use('reference')")
     orders: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
@@ -154,7 +155,7 @@ def _layer(
 
 
 # The module's type outlives the interpreter otherwise, and nanobind reports a leak.
-atexit.register(_layer.cache_clear)
+atexit.register(native_layer.cache_clear)
 
 
 class _Call:
@@ -178,7 +179,7 @@ class _Call:
         self.given_weights = weights
         kernel_sizes = tuple(weight.shape[-1] for weight in weights)
         self.key = (in_channels, self.out_channels, kernel_sizes, tuple(groups), stride, split, self.images)
-        self.layer = _layer(*self.key)
+        self.layer = native_layer(*self.key)
         self.threads = torch.get_num_threads()
 
     def packed(self, backward: bool) -> Tensor:
@@ -199,7 +200,8 @@ _Packed = dict[tuple[Any, ...], tuple[int, Tensor]]
 _packed_weights: MutableMapping[Tensor, _Packed] = WeakTensorKeyDictionary()  # by a layer's first weight
 
 
-def _channels_last(x_NCHW: Tensor) -> Tensor:
+def as_channels_last(x_NCHW: Tensor) -> Tensor:
+    """``N, H, W, C``, contiguous, without gradient; a view where the memory lies so already."""
     return x_NCHW.detach().permute(0, 2, 3, 1).contiguous()
 
 
@@ -218,7 +220,7 @@ def _forward(
     call = _Call(batch, channels, weights, groups, stride, split, ordered)
     y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), call.out_channels)
     sums = x.new_empty(batch, call.out_channels)
-    call.layer.forward(_channels_last(x), call.packed(backward=False), y_NHWK, sums, ordered, call.threads)
+    call.layer.forward(as_channels_last(x), call.packed(backward=False), y_NHWK, sums, ordered, call.threads)
     return y_NHWK.permute(0, 3, 1, 2), sums
 
 
@@ -249,7 +251,7 @@ def _input_gradient(
     call = _Call(batch, in_channels, weights, groups, stride, split, ordered)
     dx_NHWC = dy.new_empty(batch, height, width, in_channels)
     packed = call.packed(backward=True)
-    call.layer.input_gradient(_channels_last(dy), dsums.detach().contiguous(), packed, dx_NHWC, ordered, call.threads)
+    call.layer.input_gradient(as_channels_last(dy), dsums.detach().contiguous(), packed, dx_NHWC, ordered, call.threads)
     return dx_NHWC.permute(0, 3, 1, 2)
 
 
@@ -283,7 +285,7 @@ def _weight_gradient(
     call = _Call(x.shape[0], x.shape[1], weights, groups, stride, split, ordered)
     gradients = [torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for weight in weights]
     call.layer.weight_gradient(
-        _channels_last(x), _channels_last(dy), dsums.detach().contiguous(), gradients, ordered, call.threads
+        as_channels_last(x), as_channels_last(dy), dsums.detach().contiguous(), gradients, ordered, call.threads
     )
     return gradients
 
@@ -337,13 +339,13 @@ def pyramid_attention(
         N, K, H', W', channels-last.
     """
     batch, channels, height, width = x.shape
-    layer = _layer(channels, scale.shape[0], tuple(kernel_sizes), tuple(groups), stride, split, False)
+    layer = native_layer(channels, scale.shape[0], tuple(kernel_sizes), tuple(groups), stride, split, False)
     y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), scale.shape[0])
     if not y_NHWK.numel():
         return y_NHWK.permute(0, 3, 1, 2)
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = squeeze_excite
     layer.infer(
-        _channels_last(x),
+        as_channels_last(x),
         packed,
         fc1_weight,
         fc1_bias,
@@ -398,12 +400,12 @@ def pointwise_convolution(
         N, K, H', W', channels-last.
     """
     batch, channels, height, width = x.shape
-    layer = _layer(channels, bias.shape[0], (1,), (1,), stride, False, False)
+    layer = native_layer(channels, bias.shape[0], (1,), (1,), stride, False, False)
     y_NHWK = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), bias.shape[0])
     if not y_NHWK.numel():
         return y_NHWK.permute(0, 3, 1, 2)
-    added = None if residual is None else _channels_last(residual)
-    layer.infer_pointwise(_channels_last(x), packed, bias, added, y_NHWK, relu, torch.get_num_threads())
+    added = None if residual is None else as_channels_last(residual)
+    layer.infer_pointwise(as_channels_last(x), packed, bias, added, y_NHWK, relu, torch.get_num_threads())
     return y_NHWK.permute(0, 3, 1, 2)
 
 
@@ -417,7 +419,7 @@ def _(x: Tensor, packed: Tensor, bias: Tensor, residual: Tensor | None, stride: 
 def pack_for_inference(weights: Sequence[Tensor], in_channels: int, groups: Sequence[int], split: bool) -> Tensor:
     """The branches' weights as ``pyramid_attention`` wants them; the same for every stride and size of image."""
     kernel_sizes, out_channels = tuple(weight.shape[-1] for weight in weights), weights[0].shape[0] * len(weights)
-    layer = _layer(in_channels, out_channels, kernel_sizes, tuple(groups), 1, split, False)
+    layer = native_layer(in_channels, out_channels, kernel_sizes, tuple(groups), 1, split, False)
     packed = torch.empty(layer.packed_size(backward=False), dtype=torch.float32, device="cpu")
     layer.pack([weight.detach().contiguous() for weight in weights], packed, False, torch.get_num_threads())
     return packed

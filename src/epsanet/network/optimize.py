@@ -2,7 +2,8 @@
 
 Norms go into the convolutions before them; a PSA module, its norm and its activation become one operator; the order in
 which the native kernels hold channels goes into the 1×1 convolutions on both sides; convolutions take their activation
-and the residual sum along. The network is traced with ``torch.fx``, so that timm's blocks need no copies here.
+and the residual sum along; native layers that follow one another become one call. The network is traced with
+``torch.fx``, so that timm's blocks need no copies here.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def optimize(model: nn.Module, example_input: Tensor, *, compile: bool = False) 
     EPSANet of every variant gains most. Of other networks whatever applies is done: norms folded, channels-last,
     activations and sums fused. Layers that are called in several places, or watched by a hook, stay as they are. The
     result is compared, on the example, with the model on torch's own convolutions. Under
-    ``epsanet.kernels.use("reference")`` it has none of the native kernels.
+    ``epsanet.kernels.use("reference")`` it has none of the native kernels. The memory between its layers, less than
+    two maps of the first stage for the largest batch so far, is kept for the next call; threads that call it
+    meanwhile get memory for their call only.
 
     Args:
         model: a classifier, or a backbone (timm's ``features_only``), on the CPU, float32.

@@ -18,11 +18,10 @@ using Offset = std::ptrdiff_t;
 using Half = std::uint16_t;  // the upper half of a float: bfloat16
 
 constexpr int parts = 3;
-constexpr int tile_rows = 16;               // pixels, or pairs of channels
-constexpr int tile_depth = 32;              // channels
-constexpr int tile = tile_rows * tile_depth;  // numbers of a tile
-constexpr int sums_tile = tile_rows * lanes;
-constexpr int panel_tiles = 14;   // of pixels, whose parts stay in a second-level cache
+constexpr int tile_rows = 16;   // pixels, or pairs of channels
+constexpr int tile_depth = 32;  // channels
+constexpr int tile = tile_rows * tile_depth, sums_tile = tile_rows * lanes;  // numbers of a tile
+constexpr int panel_tiles = 14;  // of pixels, whose parts stay in a second-level cache
 
 // What the unit is told of its eight tiles. A constant, since not every compiler sees all of it being read.
 struct alignas(64) TileShapes {
@@ -30,9 +29,8 @@ struct alignas(64) TileShapes {
     std::uint16_t bytes_of_row[16];
     std::uint8_t rows[16];
 };
-constexpr std::uint8_t r = tile_rows;
-constexpr std::uint16_t b = tile_depth * sizeof(Half);
-const TileShapes shapes{1, 0, {}, {b, b, b, b, b, b, b, b}, {r, r, r, r, r, r, r, r}};
+static_assert(tile_rows == 16 && tile_depth * sizeof(Half) == 64);
+const TileShapes shapes{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 int least(int a, int b) { return a < b ? a : b; }
@@ -65,7 +63,7 @@ struct Fetch {
     }
 };
 
-// Tiles of one pixel row's channels: [tile of channels][part], 16 pixels each.
+// The row of one pixel in its tiles, [tile of channels][part].
 void pack_pixel(const float *from, int depth, Half *to, Fetch &fetch) {
     for (int channel = 0; channel < depth; channel += tile_depth, to += parts * tile) {
         fetch.step();
