@@ -334,7 +334,7 @@ def growth(clock: Clock, peak: float, output: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     threads = torch.get_num_threads()
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
@@ -358,8 +358,12 @@ def growth(clock: Clock, peak: float, output: Path) -> None:
         axis.plot(at, theirs, "o-", label="conv2d, channels-last")
         axis.plot(at, ours, "o-", label="kernels")
         axis.plot(at, floor, "k:", label="arithmetic at the sgemm peak")
-        axis.set(xlabel=label, ylabel="ms", xscale="log" if label != "threads" else "linear", yscale="log")
-    axes[0].legend()
+        axis.set(xlabel=label, ylabel="ms", xscale="log", yscale="log")
+        axis.set_xticks(at, labels=map(str, at))
+        axis.set_xticks([], minor=True)
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(ticker.LogFormatter(minor_thresholds=(1.5, 0.6)))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle("The four branches of a PSA module with 128 channels")
     output.mkdir(parents=True, exist_ok=True)
     figure.savefig(output / "speed-growth.svg")

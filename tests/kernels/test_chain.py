@@ -6,6 +6,8 @@ import concurrent.futures
 import gc
 import re
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,15 @@ def test_memory_does_not_grow_with_chains_calls_and_threads() -> None:
 
     before = run(50)
     assert run(600) - before < 128 * 2**20  # where each chain has a MiB or two, and half of all calls as much again
+
+
+def test_a_chain_that_outlives_the_interpreter_leaves_no_nanobind_leak_behind() -> None:
+    program = (
+        "import ctypes, torch; from epsanet import kernels; chain = kernels.InferenceChain();"
+        "packed = kernels.pack_for_inference([torch.eye(8)[:, :, None, None]], 8, [1], False);"
+        "chain.add_pointwise(packed, torch.zeros(8), 8, 1, False, 0, None); print(chain(torch.ones(1, 8, 1, 1)).sum());"
+        "ctypes.pythonapi.Py_IncRef(ctypes.py_object(chain))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "tensor(8.)"
+    assert "nanobind" not in run.stderr

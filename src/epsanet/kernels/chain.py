@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +30,7 @@ class InferenceChain:
         if choice.native is None:
             raise ValueError("the native kernels are not in this installation; use epsanet.kernels.use('reference')")
         self._native = choice.native.Chain()
+        _alive.add(self)
 
     def add_pointwise(
         self, packed: Tensor, bias: Tensor, in_channels: int, stride: int, relu: bool, source: int, residual: int | None
@@ -77,6 +80,16 @@ class InferenceChain:
         y_NHWK = x_NHWC.new_empty(batch, *self._native.result_size(height, width))
         self._native.run(x_NHWC, y_NHWK, torch.get_num_threads())
         return y_NHWK.permute(0, 3, 1, 2)
+
+
+_alive: weakref.WeakSet[InferenceChain] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A network that something still holds when the interpreter ends would have nanobind report a leak."""
+    for chain in _alive:
+        del chain._native
 
 
 def in_large_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
