@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import functools
 import io
 import shutil
+import sys
+import threading
 
 import pytest
 import timm
@@ -315,7 +318,10 @@ def one_by_one(chain: _Chain, x: Tensor) -> Tensor:
 
 
 @pytest.mark.skipif(not kernels.available(), reason="built without the native kernels")
-def test_all_blocks_of_a_network_are_one_chain_that_gives_what_its_layers_give_in_any_thread() -> None:
+def test_all_blocks_of_a_network_are_one_chain_that_gives_what_its_layers_give_in_any_thread(
+    request: pytest.FixtureRequest,
+) -> None:
+    interval = sys.getswitchinterval()
     model = trained_looking("epsanet26_tiny")
     shortcuts = sum(name.endswith("downsample.0") for name, _ in model.named_modules())
     chain = only_chain(optimize(model, images("tiny", 2)))
@@ -325,9 +331,18 @@ def test_all_blocks_of_a_network_are_one_chain_that_gives_what_its_layers_give_i
         for batch, size in ((1, 32), (5, 24), (2, 40), (1, 1))
     ]
     expected = [one_by_one(chain, x) for x in maps]
+    sys.setswitchinterval(1e-6)
+    request.addfinalizer(functools.partial(sys.setswitchinterval, interval))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            for found, wanted in zip(pool.map(chain, maps), expected, strict=True):
+            fresh, barrier = copy.deepcopy(chain), threading.Barrier(4)
+
+            def run(x: Tensor, fresh: _Chain = fresh, barrier: threading.Barrier = barrier) -> Tensor:
+                barrier.wait()  # so that all threads find it without its native side
+                result: Tensor = fresh(x)
+                return result
+
+            for found, wanted in zip(pool.map(run, maps), expected, strict=True):
                 assert torch.equal(found, wanted)
 
 

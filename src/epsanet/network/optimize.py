@@ -248,11 +248,13 @@ class _Chain(nn.Module):
             for layer, (source, residual) in zip(self.layers, self.inputs, strict=True):
                 results.append(layer(results[source], *(() if residual is None else (results[residual],))))
             return results[-1]
-        if self.native is None:
-            self.native = kernels.InferenceChain()
+        native = self.native
+        if native is None:
+            native = kernels.InferenceChain()
             for layer, (source, residual) in zip(self.layers, self.inputs, strict=True):
-                layer.add_to(self.native, source, residual)  # type: ignore[operator]
-        return self.native(x)
+                layer.add_to(native, source, residual)  # type: ignore[operator]
+            self.native = native  # whole: other threads may be here too
+        return native(x)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "native": None}  # a copy has weights of its own
