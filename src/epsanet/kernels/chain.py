@@ -45,7 +45,6 @@ class InferenceChain:
         squeeze_excite: Sequence[Tensor],
         scale: Tensor,
         shift: Tensor,
-        in_channels: int,
         kernel_sizes: Sequence[int],
         groups: Sequence[int],
         stride: int,
@@ -53,6 +52,7 @@ class InferenceChain:
         softmax_over_scales: bool,
         relu: bool,
         ordered: bool,
+        in_channels: int,
         source: int,
     ) -> None:
         """Add a PSA module, the norm and the activation after it; arguments as for ``pyramid_attention``."""

@@ -143,42 +143,30 @@ class _Attention(nn.Module):
     def output_order(self) -> Tensor:
         return torch.tensor(kernels.output_order(len(self.scale), tuple(self.groups), self.split), device="cpu")
 
-    def squeeze_excite(self) -> list[Tensor]:
-        return [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
+    def arguments(
+        self,
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, list[int], list[int], int, bool, bool, bool, bool]:
+        """Those of ``pyramid_attention`` after its input."""
+        return (
+            self.packed,
+            [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias],
+            self.scale,
+            self.shift,
+            self.kernel_sizes,
+            self.groups,
+            self.stride,
+            self.split,
+            self.over_scales,
+            self.relu,
+            self.ordered,
+        )
 
     def add_to(self, chain: kernels.InferenceChain, source: int, residual: int | None) -> None:
         assert residual is None
-        chain.add_attention(
-            self.packed,
-            self.squeeze_excite(),
-            self.scale,
-            self.shift,
-            self.in_channels,
-            self.kernel_sizes,
-            self.groups,
-            self.stride,
-            self.split,
-            self.over_scales,
-            self.relu,
-            self.ordered,
-            source,
-        )
+        chain.add_attention(*self.arguments(), self.in_channels, source)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.epsanet.pyramid_attention(
-            x,
-            self.packed,
-            self.squeeze_excite(),
-            self.scale,
-            self.shift,
-            self.kernel_sizes,
-            self.groups,
-            self.stride,
-            self.split,
-            self.over_scales,
-            self.relu,
-            self.ordered,
-        )
+        y: Tensor = torch.ops.epsanet.pyramid_attention(x, *self.arguments())
         return y
 
 
