@@ -8,6 +8,41 @@ def set_instruction_set(name: str) -> None: ...
 def threads_used() -> int: ...
 def fingerprint(weights: Sequence[Tensor]) -> int: ...
 def prefer_large_pages(memory: Tensor) -> None: ...
+def batch_norm(
+    x: Tensor,
+    matrix: Tensor | None,
+    z: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    epsilon: float,
+    relu: bool,
+    y: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    threads: int,
+) -> None: ...
+def batch_norm_gradient(
+    dy: Tensor,
+    dshortcut: Tensor | None,
+    shortcut_stride: int,
+    x: Tensor,
+    matrix: Tensor | None,
+    z: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    epsilon: float,
+    relu: bool,
+    dx: Tensor,
+    dmatrix: Tensor | None,
+    dresidual: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor,
+    threads: int,
+) -> None: ...
 
 class Layer:
     def __init__(

@@ -439,7 +439,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor, dsums: Tensor) -> tuple[Any, ...]:
     x, *weights = ctx.saved_tensors
-    if _batched(dy) or _batched(dsums):
+    if batched(dy) or batched(dsums):
         return (*_torchs_gradients(dy, dsums, x, weights, *ctx.layer), None, None, None, None)
     dx: Tensor | None = None
     dweights: list[Any] = [None] * len(weights)
@@ -450,7 +450,7 @@ def _backward(ctx: Any, dy: Tensor, dsums: Tensor) -> tuple[Any, ...]:
     return (dx, dweights, None, None, None, None)
 
 
-def _batched(gradient: Tensor) -> bool:
+def batched(gradient: Tensor) -> bool:
     """Whether this stands for many gradients at once, of a vectorised backward pass (``is_grads_batched``, vmap)."""
     if torch.compiler.is_compiling():
         return False  # and torch.compile cannot look into the questions below
@@ -488,12 +488,12 @@ def _torchs_gradients(
     return dx[:, into], dweights
 
 
-def _no_second_gradient(ctx: Any, *_: Any) -> Any:
+def no_second_gradient(ctx: Any, *_: Any) -> Any:
     raise ValueError(
         "the native kernels have no gradients of gradients; compute them under epsanet.kernels.use('reference')"
     )
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
-_input_gradient.register_autograd(_no_second_gradient)
-_weight_gradient.register_autograd(_no_second_gradient)
+_input_gradient.register_autograd(no_second_gradient)
+_weight_gradient.register_autograd(no_second_gradient)

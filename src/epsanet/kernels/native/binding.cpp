@@ -13,6 +13,7 @@
 
 #include "chain.hpp"
 #include "convolution.hpp"
+#include "norm.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
@@ -95,7 +96,7 @@ class Layer {
         const Pointwise convolution{layer.batch,    layer.height, layer.width,   in_channels_,
                                     out_channels_,  stride_,      x.data(),      packed.data(),
                                     bias.data(),    residual ? residual->data() : nullptr,
-                                    relu,           y.data()};
+                                    relu,           y.data(),     false};
         const nb::gil_scoped_release release;
         pointwise(convolution, threads);
     }
@@ -256,6 +257,72 @@ class InferenceChain {
     std::unique_ptr<Chain> chain_;
 };
 
+using Result = Buffer<float, nb::ndim<4>>;
+using RowResult = Buffer<float, nb::ndim<1>>;
+
+template <class Tensor, class Other> void check_alike(const Tensor &x, const Other &other, const char *message) {
+    for (int axis = 0; axis < 4; ++axis) require(other.shape(axis) == x.shape(axis), message);
+}
+
+// The norm of `x`, or of `z`, the result of a convolution of x.
+template <class Tensor>
+BatchNorm norm_of(const Image &x, const std::optional<Matrix> &matrix, const std::optional<Tensor> &z, const Row &weight, const Row &bias, double epsilon,
+                  bool relu, std::optional<Dense> &convolution) {
+    require(x.size() > 0, "the input must not be empty");
+    require(matrix.has_value() == z.has_value(), "a convolution's weight goes with its result");
+    const std::size_t channels = matrix ? matrix->shape(0) : x.shape(3);
+    require(weight.size() == channels && bias.size() == channels, "weight and bias must have one entry a channel");
+    if (matrix) {
+        require(matrix->shape(1) == x.shape(3) && matrix->shape(0) % lanes == 0 && matrix->shape(1) % lanes == 0,
+                "the convolution's weight must be K × C, both multiples of 16");
+        require(z->shape(0) == x.shape(0) && z->shape(1) == x.shape(1) && z->shape(2) == x.shape(2) && z->shape(3) == channels,
+                "the convolution's result must be N × H × W × K");
+        convolution = Dense{int(x.shape(3)), x.data(), matrix->data()};
+    }
+    return {std::ptrdiff_t(x.size() / x.shape(3)), int(channels), z ? z->data() : x.data(), weight.data(), bias.data(), epsilon, relu};
+}
+
+void batch_norm_of(Image x, std::optional<Matrix> matrix, std::optional<Result> z, Row weight, Row bias, std::optional<Image> residual, double epsilon,
+                   bool relu, Result y, RowResult mean, RowResult variance, int threads) {
+    std::optional<Dense> convolution;
+    const BatchNorm norm = norm_of(x, matrix, z, weight, bias, epsilon, relu, convolution);
+    z ? check_alike(*z, y, "the output must be N × H × W × K") : check_alike(x, y, "the output must have the input's shape");
+    if (residual) check_alike(y, *residual, "the residual must have the output's shape");
+    require(mean.size() == weight.size() && variance.size() == weight.size(), "mean and variance must have one entry a channel");
+    const nb::gil_scoped_release release;
+    batch_norm(norm, convolution ? &*convolution : nullptr, z ? z->data() : nullptr, residual ? residual->data() : nullptr, y.data(), mean.data(),
+               variance.data(), threads);
+}
+
+void batch_norm_gradient_of(Image dy, std::optional<Image> dshortcut, int shortcut_stride, Image x, std::optional<Matrix> matrix, std::optional<Image> z,
+                            Row weight, Row bias, std::optional<Image> y, Row mean, Row variance, double epsilon, bool relu, Result dx,
+                            std::optional<Buffer<float, nb::ndim<2>>> dmatrix, std::optional<Result> dresidual, RowResult dweight, RowResult dbias, int threads) {
+    std::optional<Dense> convolution;
+    const BatchNorm norm = norm_of(x, matrix, z, weight, bias, epsilon, relu, convolution);
+    check_alike(x, dx, "the input's gradient must have its shape");
+    check_alike(z ? *z : x, dy, "the output's gradient must have its shape");
+    require(dmatrix.has_value() == matrix.has_value(), "a convolution's weight goes with its gradient");
+    if (dmatrix)
+        require(dmatrix->shape(0) == matrix->shape(0) && dmatrix->shape(1) == matrix->shape(1), "the gradient of the convolution's weight must be K × C");
+    require(y.has_value() == dresidual.has_value(), "the output goes with the gradient of a residual");
+    if (y) check_alike(dy, *y, "the output must have its gradient's shape"), check_alike(dy, *dresidual, "the residual's gradient must have the output's shape");
+    require(mean.size() == weight.size() && variance.size() == weight.size() && dweight.size() == weight.size() && dbias.size() == weight.size(),
+            "mean, variance and the gradients of weight and bias must have one entry a channel");
+    std::optional<Shortcut> shortcut;
+    if (dshortcut) {
+        require(matrix.has_value() && shortcut_stride >= 1, "a shortcut goes with a convolution, and has a stride of 1 or more");
+        const std::size_t step = shortcut_stride;
+        require(dshortcut->shape(0) == x.shape(0) && dshortcut->shape(1) == (x.shape(1) - 1) / step + 1 && dshortcut->shape(2) == (x.shape(2) - 1) / step + 1 &&
+                    dshortcut->shape(3) == x.shape(3),
+                "the shortcut's gradient must be N × H / stride × W / stride × C");
+        shortcut = Shortcut{dshortcut->data(), int(x.shape(1)), int(x.shape(2)), shortcut_stride};
+    }
+    const Gradients to{dx.data(), dmatrix ? dmatrix->data() : nullptr, dresidual ? dresidual->data() : nullptr, dweight.data(), dbias.data()};
+    const nb::gil_scoped_release release;
+    batch_norm_gradient(norm, convolution ? &*convolution : nullptr, shortcut ? &*shortcut : nullptr, dy.data(), y ? y->data() : nullptr, mean.data(),
+                        variance.data(), to, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -292,6 +359,14 @@ NB_MODULE(_native, module) {
              nb::arg("packed").noconvert(), nb::arg("dx").noconvert(), nb::arg("ordered"), nb::arg("threads"))
         .def("weight_gradient", &Layer::weight_gradient, nb::arg("x").noconvert(), nb::arg("dy").noconvert(),
              nb::arg("dsums").none().noconvert(), nb::arg("gradients").noconvert(), nb::arg("ordered"), nb::arg("threads"));
+    module.def("batch_norm", &batch_norm_of, nb::arg("x").noconvert(), nb::arg("matrix").none().noconvert(), nb::arg("z").none().noconvert(),
+               nb::arg("weight").noconvert(), nb::arg("bias").noconvert(), nb::arg("residual").none().noconvert(), nb::arg("epsilon"),
+               nb::arg("relu"), nb::arg("y").noconvert(), nb::arg("mean").noconvert(), nb::arg("variance").noconvert(), nb::arg("threads"));
+    module.def("batch_norm_gradient", &batch_norm_gradient_of, nb::arg("dy").noconvert(), nb::arg("dshortcut").none().noconvert(),
+               nb::arg("shortcut_stride"), nb::arg("x").noconvert(), nb::arg("matrix").none().noconvert(), nb::arg("z").none().noconvert(),
+               nb::arg("weight").noconvert(), nb::arg("bias").noconvert(), nb::arg("y").none().noconvert(), nb::arg("mean").noconvert(),
+               nb::arg("variance").noconvert(), nb::arg("epsilon"), nb::arg("relu"), nb::arg("dx").noconvert(), nb::arg("dmatrix").none().noconvert(),
+               nb::arg("dresidual").none().noconvert(), nb::arg("dweight").noconvert(), nb::arg("dbias").noconvert(), nb::arg("threads"));
     module.def(
         "prefer_large_pages", [](Buffer<float, nb::ndim<1>> memory) { prefer_large_pages(memory.data(), memory.size()); },
         nb::arg("memory").noconvert());

@@ -123,7 +123,7 @@ void Chain::run(int batch, int height, int width, const float *x, float *y, int 
             recalibrate(problem, step.attention, sums.data(), result, threads);
         } else {
             pointwise({batch, problem.height, problem.width, problem.in_channels, problem.out_channels, problem.stride, source,
-                       step.packed, step.bias, residual, step.relu, result},
+                       step.packed, step.bias, residual, step.relu, result, false},
                       threads);
         }
     }

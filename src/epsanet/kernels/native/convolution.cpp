@@ -381,6 +381,8 @@ std::string instruction_set() { return chosen_kernels()->name; }
 
 void set_kernels(const Kernels &kernels) { chosen_kernels() = &kernels; }
 
+const Kernels &kernels_in_use() { return *chosen_kernels(); }
+
 void set_instruction_set(const std::string &name) {
     std::string known;
     for (const Kernels *kernels : available_kernels()) {

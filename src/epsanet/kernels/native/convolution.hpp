@@ -57,5 +57,6 @@ std::vector<std::string> instruction_sets();
 std::string instruction_set();
 void set_instruction_set(const std::string &name);
 void set_kernels(const Kernels &kernels);
+const Kernels &kernels_in_use();
 
 }  // namespace epsanet

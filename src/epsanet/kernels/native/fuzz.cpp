@@ -12,10 +12,12 @@
 #include <numeric>
 #include <random>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "chain.hpp"
 #include "convolution.hpp"
+#include "norm.hpp"
 
 #define EPSANET_ISA many_registers
 #define EPSANET_MANY_REGISTERS
@@ -185,8 +187,8 @@ bool wrong(long call, const char *what, const Plain &expected, float found) {
 // A dense 1×1 convolution with bias, residual and ReLU; now and then with channels of several panels.
 bool pointwise_wrong(long call, std::mt19937 &random) {
     const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
-    const int in = pick(0, 9) ? pick(1, 70) : pick(500, 1100), out = pick(1, 70), stride = pick(1, 3), threads = pick(1, 3);
-    const int batch = pick(1, 3), height = pick(1, 9), width = in > 70 ? pick(1, 2) : pick(1, 20);
+    const int in = pick(0, 9) ? pick(1, 90) : pick(500, 1100), out = pick(1, 90), stride = pick(1, 3), threads = pick(1, 3);
+    const int batch = pick(1, 3), height = pick(1, 9), width = in > 90 ? pick(1, 2) : pick(1, 20);
     std::vector<std::int32_t> in_order(in), out_order(out);
     std::iota(in_order.begin(), in_order.end(), 0);
     std::iota(out_order.begin(), out_order.end(), 0);
@@ -198,7 +200,7 @@ bool pointwise_wrong(long call, std::mt19937 &random) {
     const float *const weight_pointer = weights.get();
     pack_weights(problem, Direction::forward, &weight_pointer, packed.get(), threads);
     const Pointwise layer{batch, height, width, in, out, stride, x.get(), packed.get(), bias.get(),
-                          pick(0, 1) ? residual.get() : nullptr, pick(0, 1) == 1, y.get()};
+                          pick(0, 1) ? residual.get() : nullptr, pick(0, 1) == 1, y.get(), false};
     pointwise(layer, threads);
     const int pixel = pick(0, results - 1), channel = pick(0, out - 1);
     const int column = pixel % problem.out_width, row = pixel / problem.out_width % problem.out_height;
@@ -216,8 +218,8 @@ bool pointwise_wrong(long call, std::mt19937 &random) {
 // A chain of 1×1 convolutions, whose values share memory, against each convolution with memory of its own.
 bool chain_wrong(long call, std::mt19937 &random) {
     const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
-    const int count = pick(1, 6), channels = pick(0, 30) ? pick(1, 40) : pick(510, 530), threads = pick(1, 3);
-    const int batch = pick(1, 3), height = pick(1, 6), width = channels > 40 ? 1 : pick(1, 12);
+    const int count = pick(1, 6), channels = pick(0, 30) ? pick(0, 7) ? pick(1, 40) : pick(60, 80) : pick(510, 530), threads = pick(1, 3);
+    const int batch = pick(1, 3), height = pick(1, 6), width = channels > 80 ? 1 : pick(1, 12);
     std::vector<std::int32_t> order(channels);
     std::iota(order.begin(), order.end(), 0);
     const auto problem = [&](int images, int rows, int columns) {
@@ -244,7 +246,7 @@ bool chain_wrong(long call, std::mt19937 &random) {
         step.relu = pick(0, 1) == 1;
         steps.push_back(step);
         pointwise({batch, height, width, channels, channels, 1, values[number].get(), step.packed, step.bias,
-                   step.residual >= 0 ? values[step.residual].get() : nullptr, step.relu, values.back().get()},
+                   step.residual >= 0 ? values[step.residual].get() : nullptr, step.relu, values.back().get(), false},
                   threads);
     }
     Chain chain(steps);
@@ -253,6 +255,86 @@ bool chain_wrong(long call, std::mt19937 &random) {
     if (std::memcmp(result.get(), values.back().get(), size * sizeof(float)) == 0) return false;
     std::fprintf(stderr, "call %ld: a chain of %d steps gives other bits than its steps\n", call, count);
     return true;
+}
+
+// A batch norm and its gradients, half of the time of a 1×1 convolution: one channel by plain loops. ReLU's sign is that
+// of the result: a sum that rounds to either side of zero is no error.
+bool norm_wrong(long call, std::mt19937 &random) {
+    const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
+    norm_floats_cached = pick(0, 1) ? 0 : 3 * 1024 * 1024;
+    const bool convolved = pick(0, 1), relu = pick(0, 3) > 0, added = relu && pick(0, 1);
+    const int results = convolved ? 16 * pick(1, 5) : pick(1, 80), depth = convolved ? 16 * pick(1, 5) : results;
+    const int stride = convolved ? pick(0, 2) : 0, threads = pick(1, 3);  // of the shortcut; 0: none
+    const bool large = pick(0, 39) == 0;  // of several pieces
+    const int batch = pick(1, 3), height = large ? pick(15, 20) : pick(1, 6), width = large ? pick(15, 20) : pick(2, 9);
+    const int pixels = batch * height * width, at_pixel = pick(0, pixels - 1), k = pick(0, results - 1), c = pick(0, depth - 1);
+    const std::size_t size = std::size_t(pixels) * results, source_size = std::size_t(pixels) * depth;
+    Floats x(source_size, pick(0, 15), random), matrix(std::size_t(results) * depth, pick(0, 15), random), z(size, pick(0, 15), random);
+    Floats weight(results, pick(0, 15), random), bias(results, pick(0, 15), random), residual(size, pick(0, 15), random), y(size, pick(0, 15), random);
+    Floats mean(results, pick(0, 15), random), variance(results, pick(0, 15), random), dy(size, pick(0, 15), random);
+    const BatchNorm norm{pixels, results, convolved ? z.get() : x.get(), weight.get(), bias.get(), 0.1, relu};
+    const Dense layer{depth, x.get(), matrix.get()};
+    const Dense *const convolution = convolved ? &layer : nullptr;
+    batch_norm(norm, convolution, convolved ? z.get() : nullptr, added ? residual.get() : nullptr, y.get(), mean.get(), variance.get(), threads);
+
+    Plain at_z, average;
+    for (int pixel = 0; pixel < pixels; ++pixel) average.add(norm.x[std::ptrdiff_t(pixel) * results + k] / double(pixels));
+    for (int in = 0; convolved && in < depth; ++in) at_z.add(double(x.get()[std::ptrdiff_t(at_pixel) * depth + in]) * matrix.get()[std::ptrdiff_t(k) * depth + in]);
+    if (convolved && wrong(call, "convolution before a norm", at_z, z.get()[std::ptrdiff_t(at_pixel) * results + k])) return true;
+    Plain spread, normed;
+    const auto centred = [&](int pixel, int channel) { return double(norm.x[std::ptrdiff_t(pixel) * results + channel]) - mean.get()[channel]; };
+    for (int pixel = 0; pixel < pixels; ++pixel) spread.add(centred(pixel, k) * centred(pixel, k) / pixels);
+    if (wrong(call, "mean", average, mean.get()[k]) || wrong(call, "variance", spread, variance.get()[k])) return true;
+    const auto deviation = [&](int channel) { return 1 / std::sqrt(variance.get()[channel] + norm.epsilon); };
+    const std::ptrdiff_t at = std::ptrdiff_t(at_pixel) * results + k;
+    normed.add(centred(at_pixel, k) * deviation(k) * weight.get()[k]);
+    normed.add(bias.get()[k]);
+    if (added) normed.add(residual.get()[at]);
+    if (relu) normed.value = std::max(normed.value, 0.0);
+    if (wrong(call, "batch norm", normed, y.get()[at])) return true;
+
+    const int step = std::max(stride, 1), short_height = (height - 1) / step + 1, short_width = (width - 1) / step + 1;
+    Floats dshortcut(std::size_t(batch) * short_height * short_width * depth, pick(0, 15), random), dx(source_size, pick(0, 15), random);
+    Floats dmatrix(std::size_t(results) * depth, pick(0, 15), random), dresidual(size, pick(0, 15), random);
+    Floats dweight(results, pick(0, 15), random), dbias(results, pick(0, 15), random);
+    const Shortcut shortcut{dshortcut.get(), height, width, step};
+    const Gradients to{dx.get(), convolved ? dmatrix.get() : nullptr, added ? dresidual.get() : nullptr, dweight.get(), dbias.get()};
+    batch_norm_gradient(norm, convolution, stride ? &shortcut : nullptr, dy.get(), added ? y.get() : nullptr, mean.get(), variance.get(), to, threads);
+    const auto before_relu = [&](int pixel, int channel) {
+        const std::ptrdiff_t place = std::ptrdiff_t(pixel) * results + channel;
+        return relu && !(y.get()[place] > 0) ? 0.0 : double(dy.get()[place]);
+    };
+    const auto sums = [&](int channel) {  // of the gradients of bias and weight
+        std::pair<Plain, Plain> both;
+        for (int pixel = 0; pixel < pixels; ++pixel) {
+            both.first.add(before_relu(pixel, channel));
+            both.second.add(before_relu(pixel, channel) * centred(pixel, channel) * deviation(channel));
+        }
+        return both;
+    };
+    const auto [of_bias, of_weight] = sums(k);
+    if (wrong(call, "gradient of a norm's bias", of_bias, dbias.get()[k]) || wrong(call, "gradient of a norm's weight", of_weight, dweight.get()[k])) return true;
+    Plain of_residual;
+    of_residual.add(before_relu(at_pixel, k));
+    if (added && wrong(call, "gradient of a residual", of_residual, dresidual.get()[at])) return true;
+    const auto of_result = [&](int pixel, int channel, Plain &sum, double factor) {  // the gradient of z
+        const double scale = weight.get()[channel] * deviation(channel) * factor;
+        sum.add(scale * before_relu(pixel, channel));
+        sum.add(-scale * dbias.get()[channel] / pixels);
+        sum.add(-scale * centred(pixel, channel) * deviation(channel) * dweight.get()[channel] / pixels);
+    };
+    Plain of_source, of_matrix;
+    if (!convolved) {
+        of_result(at_pixel, k, of_source, 1);
+        return wrong(call, "gradient of a norm", of_source, dx.get()[at]);
+    }
+    for (int channel = 0; channel < results; ++channel) of_result(at_pixel, channel, of_source, matrix.get()[std::ptrdiff_t(channel) * depth + c]);
+    const int column = at_pixel % width, row = at_pixel / width % height, image = at_pixel / width / height;
+    if (stride && row % step == 0 && column % step == 0)
+        of_source.add(dshortcut.get()[((std::ptrdiff_t(image) * short_height + row / step) * short_width + column / step) * depth + c]);
+    for (int pixel = 0; pixel < pixels; ++pixel) of_result(pixel, k, of_matrix, x.get()[std::ptrdiff_t(pixel) * depth + c]);
+    return wrong(call, "gradient of a convolution before a norm", of_source, dx.get()[std::ptrdiff_t(at_pixel) * depth + c]) ||
+           wrong(call, "gradient of a convolution's weight", of_matrix, dmatrix.get()[std::ptrdiff_t(k) * depth + c]);
 }
 
 }  // namespace
@@ -317,7 +399,7 @@ int main(int count, char **arguments) {
             sum.add(y.get()[plain.result(image, 0, at, problem.branches[b].out_offset + out)]);
         const std::ptrdiff_t place = plain.sum(image, problem.branches[b].out_offset + out);
         if (wrong(call, "sums", sum, sums.get()[place])) return 1;
-        if (pointwise_wrong(call, random) || chain_wrong(call, random)) return 1;
+        if (pointwise_wrong(call, random) || chain_wrong(call, random) || norm_wrong(call, random)) return 1;
         const float *add = pick(0, 1) ? sums.get() : nullptr;
         input_gradient(problem, dy.get(), add, packed_back.get(), dx.get(), threads);
         weight_gradient(problem, x.get(), dy.get(), add, gradient_pointers.data(), threads);

@@ -21,6 +21,7 @@ constexpr int parts = 3;
 constexpr int tile_rows = 16;   // pixels, or pairs of channels
 constexpr int tile_depth = 32;  // channels
 constexpr int tile = tile_rows * tile_depth, sums_tile = tile_rows * lanes;  // numbers of a tile
+constexpr int worth_channels = 64;  // of source and results: with fewer, cutting into parts costs what tiles save
 constexpr int panel_tiles = 14;  // of pixels, whose parts stay in a second-level cache
 
 // What the unit is told of its eight tiles. A constant, since not every compiler sees all of it being read.
@@ -92,6 +93,7 @@ struct Target {
     Offset pixel;
     int pixels, blocks, last_lanes;
     bool first, last, relu;  // of the panels along the depth
+    bool past_caches;
 };
 
 // Sums of one or two tiles of pixels × one or two of results into `sums`, [tile of pixels][tile of results].
@@ -124,7 +126,7 @@ void multiply(const Half *pixels, Offset next_pixels, const Half *weights, int s
         // What the end of the tile touches, fetched meanwhile.
         for (int pixel = to.pixels * step / steps; pixel < to.pixels * (step + 1) / steps; ++pixel)
             for (int block = 0; block < to.blocks; ++block) {
-                __builtin_prefetch(to.y + pixel * to.pixel + block * lanes, 1);
+                if (!to.past_caches) __builtin_prefetch(to.y + pixel * to.pixel + block * lanes, 1);
                 if (to.residual) __builtin_prefetch(to.residual + pixel * to.pixel + block * lanes);
             }
         fetch.step();
@@ -165,11 +167,18 @@ void finish(const float *sums, const Target &to) {
                 // The second operand is what a NaN passes through.
                 if (to.relu) value = _mm512_max_ps(_mm512_setzero_ps(), value);
             }
-            _mm512_mask_storeu_ps(to.y + at, mask, value);
+            if (to.past_caches && to.last)
+                _mm512_stream_ps(to.y + at, value);
+            else
+                _mm512_mask_storeu_ps(to.y + at, mask, value);
         }
 }
 
 void pointwise(const Pointwise &layer, Offset begin, Offset end, int first, int last, float *scratch) {
+    if (layer.in_channels < worth_channels || layer.out_channels < worth_channels) {
+        kernels_avx512.pointwise(layer, begin, end, first, last, scratch);
+        return;
+    }
     _tile_loadconfig(&shapes);
     const int stride = layer.stride, in = layer.in_channels, out = layer.out_channels;
     const int out_height = (layer.height - 1) / stride + 1, out_width = (layer.width - 1) / stride + 1;
@@ -206,6 +215,7 @@ void pointwise(const Pointwise &layer, Offset begin, Offset end, int first, int 
             to.first = channel == 0;
             to.last = channel + depth == in;
             to.relu = layer.relu;
+            to.past_caches = layer.past_caches;
             pack_results(weights_of(block), depth, to.blocks, weights);
             fetch = weights_ahead(block + weight_block, Offset(pairs) * steps);
             for (int at = 0; at < pixels; at += 2 * tile_rows) {
@@ -222,6 +232,7 @@ void pointwise(const Pointwise &layer, Offset begin, Offset end, int first, int 
         }
     }
     _tile_release();
+    _mm_sfence();
 }
 
 std::size_t pointwise_scratch(int depth) {

@@ -21,11 +21,23 @@ static inline Vector add(Vector a, Vector b) { return {_mm256_add_ps(a.low, b.lo
 static inline Vector multiply_add(Vector a, Vector b, Vector sum) {
     return {_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high)};
 }
+static inline Vector subtract(Vector a, Vector b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 // ReLU; the second operand is what a NaN passes through.
 static inline Vector positive(Vector v) {
     const __m256 none = _mm256_setzero_ps();
     return {_mm256_max_ps(none, v.low), _mm256_max_ps(none, v.high)};
 }
+// ReLU's gradient: v, or zero where y is not above zero.
+static inline Vector where_positive(Vector v, Vector y) {
+    const __m256 none = _mm256_setzero_ps();
+    return {_mm256_and_ps(v.low, _mm256_cmp_ps(y.low, none, _CMP_NLE_UQ)), _mm256_and_ps(v.high, _mm256_cmp_ps(y.high, none, _CMP_NLE_UQ))};
+}
+// Past the caches, to a multiple of 64 bytes; `finish_streams` before another thread looks there.
+static inline void stream(float *to, Vector v) {
+    _mm256_stream_ps(to, v.low);
+    _mm256_stream_ps(to + 8, v.high);
+}
+static inline void finish_streams() { _mm_sfence(); }
 
 template <int width> static inline Vector repeat(const float *from) {
     if constexpr (width == 16) return load(from);

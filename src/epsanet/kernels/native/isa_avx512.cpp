@@ -16,8 +16,16 @@ static inline Vector load(const float *from) { return {_mm512_loadu_ps(from)}; }
 static inline void store(float *to, Vector v) { _mm512_storeu_ps(to, v.value); }
 static inline Vector add(Vector a, Vector b) { return {_mm512_add_ps(a.value, b.value)}; }
 static inline Vector multiply_add(Vector a, Vector b, Vector sum) { return {_mm512_fmadd_ps(a.value, b.value, sum.value)}; }
+static inline Vector subtract(Vector a, Vector b) { return {_mm512_sub_ps(a.value, b.value)}; }
 // ReLU; the second operand is what a NaN passes through.
 static inline Vector positive(Vector v) { return {_mm512_max_ps(_mm512_setzero_ps(), v.value)}; }
+// ReLU's gradient: v, or zero where y is not above zero.
+static inline Vector where_positive(Vector v, Vector y) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.value, _mm512_setzero_ps(), _CMP_NLE_UQ), v.value)};
+}
+// Past the caches, to a multiple of 64 bytes; `finish_streams` before another thread looks there.
+static inline void stream(float *to, Vector v) { _mm512_stream_ps(to, v.value); }
+static inline void finish_streams() { _mm_sfence(); }
 
 // The same `width` floats repeated over all lanes; a broadcast from memory costs no shuffle.
 template <int width> static inline Vector repeat(const float *from) {

@@ -37,12 +37,26 @@ static inline Vector multiply_add(const Vector &a, const Vector &b, const Vector
     for (int q = 0; q < 4; ++q) sum.part[q] = a.part[q] * b.part[q] + c.part[q];
     return sum;
 }
+static inline Vector subtract(const Vector &a, const Vector &b) {
+    Vector difference;
+    for (int q = 0; q < 4; ++q) difference.part[q] = a.part[q] - b.part[q];
+    return difference;
+}
 static inline Vector positive(const Vector &v) {
     Vector result;
     for (int q = 0; q < 4; ++q)
         for (int lane = 0; lane < 4; ++lane) result.part[q][lane] = v.part[q][lane] < 0 ? 0 : v.part[q][lane];
     return result;
 }
+// ReLU's gradient: v, or zero where y is not above zero.
+static inline Vector where_positive(const Vector &v, const Vector &y) {
+    Vector result;
+    for (int q = 0; q < 4; ++q)
+        for (int lane = 0; lane < 4; ++lane) result.part[q][lane] = y.part[q][lane] <= 0 ? 0 : v.part[q][lane];
+    return result;
+}
+static inline void stream(float *to, const Vector &v) { store(to, v); }
+static inline void finish_streams() {}
 
 template <int width> static inline Vector repeat(const float *from) {
     if constexpr (width == 1) {

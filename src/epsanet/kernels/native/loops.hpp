@@ -743,6 +743,8 @@ void weight_gradient(const Problem &problem, const Unit &unit, const float *x, c
 
 // ----------------------------------------------------------------------------------------- dense 1×1 convolutions
 
+inline void put(float *to, Vector v, bool past_caches) { past_caches ? stream(to, v) : store(to, v); }
+
 // Where a tile of results goes, and what is done to it on the way.
 struct Target {
     float *y;
@@ -750,6 +752,8 @@ struct Target {
     Offset pixel;
     int last_lanes;         // of its last vector
     bool first, last, relu;  // of the panels along the depth
+    bool past_caches;
+    const float *next_source;  // of the next tile, to be fetched meanwhile; null: it is near
 };
 
 template <int blocks, int pixels>
@@ -757,7 +761,12 @@ void multiply(const float *source, Offset source_pixel, int depth, const float *
     Vector sum[pixels][blocks];
     for (int p = 0; p < pixels; ++p)
         for (int b = 0; b < blocks; ++b) sum[p][b] = zero();
+    const float *next = to.next_source;
     const auto add_channel = [&] {
+        if (next) {
+            __builtin_prefetch(next);  // a line a channel: as many as 16 pixels have
+            next += lanes;
+        }
         Vector w[blocks];
         for (int b = 0; b < blocks; ++b) {
             w[b] = load(weights + b * lanes);
@@ -774,7 +783,7 @@ void multiply(const float *source, Offset source_pixel, int depth, const float *
     int channel = 0;
     for (; channel < least(pixels, depth); ++channel) {
         for (int b = 0; b < blocks; ++b) {
-            __builtin_prefetch(to.y + channel * to.pixel + b * lanes, 1);
+            if (!to.past_caches) __builtin_prefetch(to.y + channel * to.pixel + b * lanes, 1);
             if (to.residual) __builtin_prefetch(to.residual + channel * to.pixel + b * lanes);
         }
         add_channel();
@@ -802,7 +811,7 @@ void multiply(const float *source, Offset source_pixel, int depth, const float *
                 if (to.residual) value = add(value, load(to.residual + at));
                 if (to.relu) value = positive(value);
             }
-            store(to.y + at, value);
+            put(to.y + at, value, to.past_caches && to.last);
         }
 }
 
@@ -826,8 +835,11 @@ void pointwise(const Pointwise &layer, Offset begin, Offset end, int first, int 
     const int pixels = int(end - begin), tiles = divide_up(pixels, max_pixels[1]);
     for (int channel = 0; channel < in; channel += panel_depth) {
         const int depth = least(panel_depth, in - channel);
-        const Offset source_pixel = depth + lanes;  // a vector more keeps neighbouring pixels off the same cache sets
-        for (Offset pixel = begin; pixel < end; ++pixel) {
+        // A vector more keeps neighbouring pixels off the same cache sets; few channels are read where they are.
+        const bool copied = stride > 1 || in > 128;
+        const Offset source_pixel = copied ? depth + lanes : in;
+        const float *const source = copied ? scratch : layer.x + begin * in;
+        for (Offset pixel = begin; copied && pixel < end; ++pixel) {
             Offset from = pixel;
             if (stride > 1) {
                 const Offset row = pixel / out_width, image = row / out_height;
@@ -845,16 +857,19 @@ void pointwise(const Pointwise &layer, Offset begin, Offset end, int first, int 
             to.first = channel == 0;
             to.last = channel + depth == in;
             to.relu = layer.relu;
+            to.past_caches = layer.past_caches;
             for (int tile = 0; tile < tiles; ++tile) {
                 const int at = pixels * tile / tiles, count = pixels * (tile + 1) / tiles - at;
                 const Offset result = (begin + at) * out + block * lanes;
                 to.y = layer.y + result;
                 to.residual = layer.residual ? layer.residual + result : nullptr;
+                to.next_source = copied || block > first ? nullptr : source + (at + count) * source_pixel;
                 const Multiply run = blocks == 1 ? multiply_of<1>(count) : multiply_of<2>(count);
-                run(scratch + at * source_pixel, source_pixel, depth, weights, to);
+                run(source + at * source_pixel, source_pixel, depth, weights, to);
             }
         }
     }
+    finish_streams();
 }
 
 constexpr int panel_tiles = 112 / max_pixels[1];
@@ -880,6 +895,11 @@ void rescale(float *y, int pixels, int channels, const float *scale, const float
 
 }  // namespace
 }  // namespace EPSANET_ISA
+}  // namespace epsanet
+
+#include "norm_loops.hpp"
+
+namespace epsanet {
 
 #define EPSANET_JOIN_(a, b) a##b
 #define EPSANET_JOIN(a, b) EPSANET_JOIN_(a, b)
@@ -889,5 +909,8 @@ extern const Kernels EPSANET_JOIN(kernels_, EPSANET_ISA);
 const Kernels EPSANET_JOIN(kernels_, EPSANET_ISA) = {EPSANET_TEXT(EPSANET_ISA), EPSANET_ISA::forward,
                                                      EPSANET_ISA::input_gradient, EPSANET_ISA::weight_gradient,
                                                      EPSANET_ISA::pointwise, EPSANET_ISA::pointwise_scratch,
-                                                     EPSANET_ISA::max_pixels[1], EPSANET_ISA::panel_tiles, EPSANET_ISA::rescale};
+                                                     EPSANET_ISA::max_pixels[1], EPSANET_ISA::panel_tiles, EPSANET_ISA::rescale,
+                                                     EPSANET_ISA::outer_products,
+                                                     EPSANET_ISA::norm_sums, EPSANET_ISA::norm_apply,
+                                                     EPSANET_ISA::norm_gradient_sums, EPSANET_ISA::norm_gradient};
 }  // namespace epsanet

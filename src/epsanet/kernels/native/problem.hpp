@@ -72,9 +72,24 @@ struct Pointwise {
     const float *x, *weights, *bias, *residual;
     bool relu;
     float *y;
+    bool past_caches;  // y is aligned to 64 bytes, has whole vectors of channels, and is too large for a cache
 };
 // Channels of the source that stay in a second-level cache, for a panel of pixels, while all results are made of them.
 constexpr int panel_depth = 512;
+
+// Some pixels of a batch norm's tensors: `rows` rows of `row` floats, and `rest` floats. A row is as many pixels as fill
+// whole vectors, so that a channel stands at the same places of every row.
+struct Rows {
+    ptrdiff_t rows;
+    int row, rest;
+    bool past_caches;  // results are aligned, and too large to be found in a cache again
+};
+
+// What a batch norm does to x, each number repeated to fill a row: y = (x - mean) · scale + bias, then ReLU if asked for.
+struct Norm {
+    const float *mean, *scale, *bias;
+    bool relu;
+};
 
 // The operations in one instruction set. `add` is added to every pixel of the result's gradient.
 struct Kernels {
@@ -92,6 +107,14 @@ struct Kernels {
     int pixels_of_tile, tiles_of_panel;
     // y = y · scale + shift for every pixel of one image, then ReLU if asked for.
     void (*rescale)(float *y, int pixels, int channels, const float *scale, const float *shift, bool relu);
+    // sums[i][j] += the sum of a[pixel][i] · b[pixel][j]; rows and columns are multiples of 4 and 16.
+    void (*outer_products)(const float *a, int rows, const float *b, int columns, int pixels, float *sums);
+    void (*norm_sums)(const Rows &, const float *x, const float *shift, float *copy, float *sum, float *square);
+    void (*norm_apply)(const Rows &, const Norm &, const float *x, const float *residual, float *y);
+    void (*norm_gradient_sums)(const Rows &, const Norm &, const float *dy, const float *x, const float *y,
+                               float *before_relu, float *sum, float *product);
+    void (*norm_gradient)(const Rows &, const Norm &, const float *slope, const float *offset, const float *dy,
+                          const float *x, bool masked, float *dx);
 };
 
 extern const Kernels kernels_portable;
