@@ -12,7 +12,9 @@ from typing import Any
 from timm.layers import register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
 
+from epsanet.network.norm import ConvolutionNorm, in_parts, norm_activation
 from epsanet.network.psa import (
     GROUPS,
     KERNEL_SIZES,
@@ -23,6 +25,7 @@ from epsanet.network.psa import (
     SoftmaxMode,
     SPCMode,
     psa_like,
+    untouched,
 )
 from epsanet.network.shipped import pretrained_cfgs, shipped_folders
 from epsanet.network.trunk import Trunk, imagenet_cfg, small_image_cfg
@@ -70,6 +73,31 @@ class EPSABlock(Bottleneck):
         super().__init__(*args, **kwargs)
         self.conv2 = psa_like(self.conv2, kernel_sizes, groups, spc, softmax, reduction, se, fusion)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As timm has it; in training on a CPU, norms, residual sum and ReLU are the kernels'."""
+        if not in_parts(self, x):
+            return super().forward(x)
+        first, last = ConvolutionNorm(self.conv1, self.bn1, self.act1), ConvolutionNorm(self.conv3, self.bn3, self.act3)
+        projection = _projection(self.downsample)
+        if not first.serves(x):
+            shortcut = x if self.downsample is None else projection(x) if projection else self.downsample(x)
+            x = first(x)
+        elif projection:
+            x, shortcut = first.with_shortcut(x, projection.convolution.stride[0])
+            shortcut = projection.of_subsampled(shortcut)
+        else:
+            x, shortcut = first.with_shortcut(x, 1)
+            shortcut = shortcut if self.downsample is None else self.downsample(shortcut)
+        return last(norm_activation(self.bn2, self.act2, self.conv2(x)), shortcut)
+
+
+def _projection(downsample: Any) -> ConvolutionNorm | None:
+    """A shortcut's convolution and norm, if these are all of it and rows and columns can be left out before them."""
+    if downsample is None or not untouched(downsample, nn.Sequential) or len(downsample) != 2:
+        return None
+    projection = ConvolutionNorm(*downsample)
+    return projection if projection.subsamples() else None
+
 
 class EPSABasicBlock(BasicBlock):
     """ResNet's basic block with PSA modules in the place of both its 3×3 convolutions.
@@ -96,6 +124,14 @@ class EPSABasicBlock(BasicBlock):
         super().__init__(*args, **kwargs)
         self.conv1 = psa_like(self.conv1, kernel_sizes, groups, spc, softmax, reduction, se, fusion)
         self.conv2 = psa_like(self.conv2, kernel_sizes, groups, spc, softmax, reduction, se, fusion)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As timm has it; in training on a CPU, norms, residual sum and ReLU are the kernels'."""
+        if not in_parts(self, x):
+            return super().forward(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = norm_activation(self.bn1, self.act1, self.conv1(x))
+        return norm_activation(self.bn2, self.act2, self.conv2(x), shortcut)
 
 
 class EPSANet(Trunk):

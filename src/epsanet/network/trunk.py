@@ -7,7 +7,9 @@ from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.resnet import ResNet
-from torch import nn
+from torch import Tensor, nn
+
+from epsanet.network.norm import norm_activation
 
 __all__ = ["Trunk", "imagenet_cfg", "small_image_cfg"]
 
@@ -88,6 +90,15 @@ class Trunk(ResNet):
             self.maxpool = nn.Identity()
             for info in self.feature_info:
                 info["reduction"] //= 2 if info["module"] == "act1" else 4
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """As timm has it; in training on a CPU, the stem's norm and ReLU are the kernels'."""
+        if not self.training or self.grad_checkpointing or not isinstance(x, Tensor):
+            return super().forward_features(x)
+        x = self.maxpool(norm_activation(self.bn1, self.act1, self.conv1(x)))
+        for stage in self.stages:
+            x = stage(x)
+        return x
 
     @property
     def stages(self) -> list[nn.Sequential]:
