@@ -238,12 +238,11 @@ def _gradient(
         dbias,
         torch.get_num_threads(),
     )
-    nothing = x.new_empty(0)
     return (
         dx_NHWC.permute(0, 3, 1, 2),
         dweight,
         dbias,
-        nothing if dmatrix is None or matrix is None else dmatrix.view(matrix.shape),
+        x.new_empty(0) if dmatrix is None or matrix is None else dmatrix.view(matrix.shape),
         x.new_empty(0) if dresidual_NHWK is None else dresidual_NHWK.permute(0, 3, 1, 2),
     )
 
