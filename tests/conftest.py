@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
+
+from epsanet import kernels
 
 # A failure must come back on the next run and on the next machine, and a busy machine must not make one.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=30, database=None)
@@ -65,3 +69,20 @@ def costs() -> list[Any]:
     from epsanet.study.cost import cost_table
 
     return cost_table()
+
+
+@pytest.fixture(params=kernels.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each one of the kernels' that this processor has, in turns."""
+    before = kernels.instruction_set()
+    kernels.set_instruction_set(request.param)
+    yield request.param
+    kernels.set_instruction_set(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that change torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,13 +12,6 @@ from epsanet.kernels import choice
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="built without the native kernels")
 
 KERNEL_SIZES, GROUPS = [3, 5, 7, 9], [1, 4, 8, 16]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def make_weights(channels: int) -> list[Tensor]:

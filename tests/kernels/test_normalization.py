@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -42,21 +41,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=kernels.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.instruction_set()
-    kernels.set_instruction_set(request.param)
-    yield request.param
-    kernels.set_instruction_set(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def channels_last(*shape: int) -> Tensor:
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
@@ -75,9 +59,9 @@ def make_inputs(case: Case, batch: int, height: int, width: int) -> dict[str, Te
     return {name: value.requires_grad_() for name, value in inputs.items()}
 
 
-def compute(case: Case, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Results (y, mean, variance, shortcut) and the gradients of all inputs for fixed gradients of y and shortcut."""
-    y, mean, variance, shortcut = kernels.batch_norm(
+def call(case: Case, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Results (y, mean, variance, shortcut), and those of them that have gradients."""
+    results = kernels.batch_norm(
         inputs["x"],
         inputs["weight"],
         inputs["bias"],
@@ -87,8 +71,13 @@ def compute(case: Case, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[T
         inputs.get("residual"),
         case.stride,
     )
-    outputs = [y, shortcut] if case.stride else [y]
-    return [y, mean, variance, shortcut], list(torch.autograd.grad(outputs, list(inputs.values()), slopes(outputs)))
+    return list(results), [results[0], results[3]] if case.stride else [results[0]]
+
+
+def compute(case: Case, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Results, and the gradients of all inputs for fixed gradients of y and shortcut."""
+    results, outputs = call(case, inputs)
+    return results, list(torch.autograd.grad(outputs, list(inputs.values()), slopes(outputs)))
 
 
 def slopes(outputs: list[Tensor]) -> list[Tensor]:
@@ -196,17 +185,7 @@ def test_opcheck_finds_nothing_wrong(case: Case) -> None:
 def test_batched_gradients_are_those_of_one_after_the_other(case: Case) -> None:
     torch.manual_seed(0)
     inputs = make_inputs(case, 3, 6, 5)
-    y, _, _, shortcut = kernels.batch_norm(
-        inputs["x"],
-        inputs["weight"],
-        inputs["bias"],
-        EPSILON,
-        case.relu,
-        inputs.get("matrix"),
-        inputs.get("residual"),
-        case.stride,
-    )
-    outputs = [y, shortcut] if case.stride else [y]
+    _, outputs = call(case, inputs)
     many = [torch.randn(3, *output.shape) for output in outputs]
     together = torch.autograd.grad(outputs, list(inputs.values()), many, retain_graph=True, is_grads_batched=True)
     for number in range(3):

@@ -62,21 +62,6 @@ def branch_instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.set_instruction_set(before)
 
 
-@pytest.fixture(params=kernels.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = kernels.instruction_set()
-    kernels.set_instruction_set(request.param)
-    yield request.param
-    kernels.set_instruction_set(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def relative_error(value: Tensor, reference: Tensor) -> float:
     scale = reference.norm().item()
     return (value.double() - reference).norm().item() / scale if scale else value.norm().item()

@@ -489,6 +489,7 @@ def _torchs_gradients(
 
 
 def no_second_gradient(ctx: Any, *_: Any) -> Any:
+    """The gradient of a gradient's operator: none, and a ``ValueError`` that names the way out."""
     raise ValueError(
         "the native kernels have no gradients of gradients; compute them under epsanet.kernels.use('reference')"
     )
