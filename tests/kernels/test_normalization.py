@@ -1,4 +1,4 @@
-"""Batch norm in training, with convolution, residual sum and ReLU, against torch in float64."""
+"""Batch norm in training, with attention, convolution, residual sum and ReLU, against torch in float64."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ EPSILON = 1e-5
 
 
 class Case(NamedTuple):
-    """What stands around a norm: a convolution to ``results`` channels (0: none), a residual, ReLU, a shortcut."""
+    """What stands around a norm; ``results`` are those of a convolution, 0: none."""
 
     channels: int
     results: int = 0
     residual: bool = False
     relu: bool = True
     stride: int = 0
+    attention: bool = False
 
 
 CASES = [
@@ -38,6 +39,9 @@ CASES = [
     Case(64, 80, stride=2),
     Case(128, 96, relu=False),
     Case(592, 64, stride=3),
+    Case(5, attention=True),
+    Case(24, relu=False, attention=True),
+    Case(144, residual=True, attention=True),
 ]
 
 
@@ -56,6 +60,8 @@ def make_inputs(case: Case, batch: int, height: int, width: int) -> dict[str, Te
         inputs["matrix"] = torch.randn(case.results, case.channels, 1, 1) / case.channels**0.5
     if case.residual:
         inputs["residual"] = channels_last(batch, made, height, width)
+    if case.attention:
+        inputs["attention"] = torch.rand(batch, case.channels)
     return {name: value.requires_grad_() for name, value in inputs.items()}
 
 
@@ -70,6 +76,7 @@ def call(case: Case, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[Tens
         inputs.get("matrix"),
         inputs.get("residual"),
         case.stride,
+        inputs.get("attention"),
     )
     return list(results), [results[0], results[3]] if case.stride else [results[0]]
 
@@ -89,6 +96,7 @@ def compute_exactly(case: Case, inputs: dict[str, Tensor], sign: Tensor) -> tupl
     """The same in float64, from formulas; ReLU passes where ``sign`` is positive, so that rounding flips none."""
     exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
     z = F.conv2d(exact["x"], exact["matrix"]) if case.results else exact["x"]
+    z = z * exact["attention"][:, :, None, None] if case.attention else z
     mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)
     normed = (z - mean[:, None, None]) / (variance[:, None, None] + EPSILON).sqrt()
     y = normed * exact["weight"][:, None, None] + exact["bias"][:, None, None]
@@ -118,7 +126,9 @@ def test_values_and_gradients_agree_with_float64(case: Case, size: tuple[int, in
 
 
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("case", [Case(64, residual=True), Case(64, 64, stride=2), Case(16, 48)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(64, residual=True), Case(64, 64, stride=2), Case(16, 48), Case(48, attention=True)], ids=str
+)
 def test_tensors_too_large_for_a_cache_agree_too(case: Case) -> None:
     torch.manual_seed(0)
     inputs = make_inputs(case, 23, 81, 50)
@@ -139,7 +149,9 @@ def test_a_mean_far_from_zero_costs_the_variance_no_digits() -> None:
 
 
 @pytest.mark.usefixtures("instruction_set", "threads")
-@pytest.mark.parametrize("case", [Case(24), Case(32, 64, residual=True), Case(64, 32, stride=2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(24, attention=True), Case(32, 64, residual=True), Case(64, 64, stride=2)], ids=str
+)
 def test_repeated_runs_give_the_same_bits_on_any_number_of_threads(case: Case) -> None:
     torch.manual_seed(0)
     inputs = make_inputs(case, 9, 24, 17)
@@ -167,21 +179,24 @@ def test_a_nan_and_an_infinity_are_not_hidden(case: Case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own
-@pytest.mark.parametrize("case", [Case(24), Case(16, 32, residual=True)], ids=str)
+@pytest.mark.parametrize("case", [Case(24), Case(16, 32, residual=True), Case(24, attention=True)], ids=str)
 def test_opcheck_finds_nothing_wrong(case: Case) -> None:
     inputs = {name: value.detach() for name, value in make_inputs(case, 2, 5, 4).items()}
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
-    matrix, residual = inputs.get("matrix"), inputs.get("residual")
-    torch.library.opcheck(torch.ops.epsanet.batch_norm.default, (x, weight, bias, EPSILON, case.relu, matrix, residual))
-    y, mean, variance, z = torch.ops.epsanet.batch_norm(x, weight, bias, EPSILON, case.relu, matrix, residual)
-    kept = (matrix, None if matrix is None else z, None if residual is None else y)
+    attention, matrix, residual = inputs.get("attention"), inputs.get("matrix"), inputs.get("residual")
+    arguments = (x, weight, bias, EPSILON, case.relu, attention, matrix, residual)
+    torch.library.opcheck(torch.ops.epsanet.batch_norm.default, arguments)
+    y, mean, variance, z = torch.ops.epsanet.batch_norm(*arguments)
+    kept = (attention, matrix, None if matrix is None else z, None if residual is None else y)
     torch.library.opcheck(
         torch.ops.epsanet.batch_norm_gradient.default,
         (torch.randn_like(y), None, 0, x, weight, bias, EPSILON, case.relu, *kept, mean, variance),
     )
 
 
-@pytest.mark.parametrize("case", [Case(8, residual=True), Case(64, 32, stride=2), Case(16, 16, stride=1)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(8, residual=True, attention=True), Case(64, 32, stride=2), Case(16, 16, stride=1)], ids=str
+)
 def test_batched_gradients_are_those_of_one_after_the_other(case: Case) -> None:
     torch.manual_seed(0)
     inputs = make_inputs(case, 3, 6, 5)
@@ -205,12 +220,14 @@ def test_gradients_of_gradients_raise_and_name_the_way_out() -> None:
         first.sum().backward()
 
 
-def test_a_residual_without_relu_and_a_shortcut_without_a_convolution_raise() -> None:
-    x, ones = channels_last(2, 16, 4, 4), torch.ones(16)
+def test_parts_that_do_not_go_together_raise() -> None:
+    x, ones, matrix = channels_last(2, 16, 4, 4), torch.ones(16), torch.randn(16, 16, 1, 1)
     with pytest.raises(ValueError, match="relu=True"):
         kernels.batch_norm(x, ones, ones, EPSILON, relu=False, residual=x)
     with pytest.raises(ValueError, match="shortcut_stride=0"):
         kernels.batch_norm(x, ones, ones, EPSILON, relu=True, shortcut_stride=1)
+    with pytest.raises(ValueError, match="leave one of them out"):
+        kernels.batch_norm(x, ones, ones, EPSILON, relu=True, matrix=matrix, attention_NC=torch.rand(2, 16))
 
 
 def test_buffers_of_the_wrong_type_shape_or_layout_raise() -> None:
@@ -218,6 +235,7 @@ def test_buffers_of_the_wrong_type_shape_or_layout_raise() -> None:
     z = torch.empty(2, 5, 5, 32)
     forward: dict[str, Any] = {
         "x": x,
+        "factors": None,
         "matrix": matrix,
         "z": z,
         "weight": wide,
@@ -232,7 +250,10 @@ def test_buffers_of_the_wrong_type_shape_or_layout_raise() -> None:
     }
     choice.native.batch_norm(**forward)
     backward: dict[str, Any] = {
-        **{name: forward[name] for name in ("x", "matrix", "z", "weight", "bias", "epsilon", "relu", "threads")},
+        **{
+            name: forward[name]
+            for name in ("x", "factors", "matrix", "z", "weight", "bias", "epsilon", "relu", "threads")
+        },
         "dy": torch.randn_like(z),
         "dshortcut": torch.randn(2, 3, 3, 16),
         "shortcut_stride": 2,
@@ -240,6 +261,7 @@ def test_buffers_of_the_wrong_type_shape_or_layout_raise() -> None:
         "mean": forward["mean"],
         "variance": forward["variance"],
         "dx": torch.empty_like(x),
+        "dfactors": None,
         "dmatrix": torch.empty_like(matrix),
         "dresidual": None,
         "dweight": torch.empty(32),
@@ -249,6 +271,8 @@ def test_buffers_of_the_wrong_type_shape_or_layout_raise() -> None:
     wrong_forward: list[dict[str, Any]] = [
         {"x": torch.randn(0, 5, 5, 16), "z": torch.empty(0, 5, 5, 32), "y": torch.empty(0, 5, 5, 32)},
         {"z": None},
+        {"factors": torch.ones(2, 32)},
+        {"matrix": None, "z": None, "weight": row, "bias": row, "y": x.clone(), "factors": torch.ones(2, 8)},
         {"matrix": torch.randn(16, 32)},
         {"matrix": torch.randn(24, 16)},
         {"z": x},
@@ -266,6 +290,7 @@ def test_buffers_of_the_wrong_type_shape_or_layout_raise() -> None:
         {"shortcut_stride": 0},
         {"dx": torch.empty_like(z)},
         {"dmatrix": None},
+        {"dfactors": torch.empty(2, 32)},
         {"dmatrix": torch.empty(16, 32)},
         {"y": z},
         {"y": z, "dresidual": x.clone()},

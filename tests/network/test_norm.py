@@ -28,9 +28,12 @@ class Operators(TorchDispatchMode):
         self.counts: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         name = str(func)
+        if isinstance(result, Tensor) and result.dim() > 3:
+            name += " of maps"
         self.counts[name] = self.counts.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def operators(compute: Callable[[], Any]) -> dict[str, int]:
@@ -71,20 +74,24 @@ def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return float(torch.stack(parts).norm() / torch.stack(sizes).norm())
 
 
-NETWORKS = {
-    "epsanet14_tiny": (32, {}),
-    "epsanet26_tiny_x2": (16, {}),
-    "epsanet23_tiny_wide": (32, {}),  # shortcuts that average, a stage of 8 channels
-    "epsanet18": (64, {}),  # basic blocks
-    "epsanet50_small": (64, {}),
-    "epsanet50_large": (64, {"output_stride": 16}),  # dilated: shortcuts of stride 1 with a convolution
-}
+NETWORKS = [
+    ("epsanet14_tiny", 32, {}),
+    ("epsanet14_tiny", 32, {"block_args": {"se": "branches", "softmax": "channels"}}),
+    ("epsanet14_tiny", 32, {"block_args": {"se": "none"}}),
+    ("epsanet14_tiny", 32, {"block_args": {"fusion": "sum"}}),
+    ("epsanet26_tiny_x2", 16, {}),
+    ("epsanet23_tiny_wide", 32, {}),  # shortcuts that average, a stage of 8 channels
+    ("epsanet18", 64, {}),  # basic blocks
+    ("epsanet50_small", 64, {}),
+    ("epsanet50_large", 64, {"output_stride": 16}),  # dilated: shortcuts of stride 1 with a convolution
+]
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["channels-last", "NCHW"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_step_agrees_with_float64(name: str, memory_format: torch.memory_format) -> None:
-    size, kwargs = NETWORKS[name]
+@pytest.mark.parametrize(("name", "size", "kwargs"), NETWORKS, ids=str)
+def test_a_step_agrees_with_float64(
+    name: str, size: int, kwargs: dict[str, Any], memory_format: torch.memory_format
+) -> None:
     model = make(name, **kwargs).to(memory_format=memory_format)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # no ReLU's input is near zero, where it rounds to either side
@@ -110,6 +117,7 @@ def test_every_norm_of_a_training_step_is_the_kernels(name: str, norms: int) -> 
     counts = operators(lambda: model(x).sum().backward())
     assert counts["epsanet.batch_norm.default"] == counts["epsanet.batch_norm_gradient.default"] == norms
     assert not any("native_batch_norm" in operator for operator in counts)
+    assert not any("mul" in operator and "of maps" in operator for operator in counts)  # attention is in the norms
     counts = operators(lambda: model.eval()(x))
     assert "epsanet.batch_norm.default" not in counts
     with kernels.use("reference"):
@@ -188,7 +196,18 @@ def test_a_changed_network_is_computed_as_it_was_changed(change: Callable[[nn.Mo
 
 @pytest.mark.parametrize(
     "place",
-    ["bn1", "act1", "layer1.0.conv1", "layer1.0.bn2", "layer2.0.downsample.0", "layer2.0.downsample", "layer3.0.act3"],
+    [
+        "bn1",
+        "act1",
+        "layer1.0.conv1",
+        "layer1.0.conv2",
+        "layer1.0.conv2.spc",
+        "layer1.0.conv2.spc.branches.2",
+        "layer1.0.bn2",
+        "layer2.0.downsample.0",
+        "layer2.0.downsample",
+        "layer3.0.act3",
+    ],
 )
 def test_a_layer_that_is_watched_is_called(place: str) -> None:
     model, x, seen = make("epsanet14_tiny").to(memory_format=torch.channels_last), images(32), []

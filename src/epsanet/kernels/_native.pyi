@@ -10,6 +10,7 @@ def fingerprint(weights: Sequence[Tensor]) -> int: ...
 def prefer_large_pages(memory: Tensor) -> None: ...
 def batch_norm(
     x: Tensor,
+    factors: Tensor | None,
     matrix: Tensor | None,
     z: Tensor | None,
     weight: Tensor,
@@ -27,6 +28,7 @@ def batch_norm_gradient(
     dshortcut: Tensor | None,
     shortcut_stride: int,
     x: Tensor,
+    factors: Tensor | None,
     matrix: Tensor | None,
     z: Tensor | None,
     weight: Tensor,
@@ -37,6 +39,7 @@ def batch_norm_gradient(
     epsilon: float,
     relu: bool,
     dx: Tensor,
+    dfactors: Tensor | None,
     dmatrix: Tensor | None,
     dresidual: Tensor | None,
     dweight: Tensor,

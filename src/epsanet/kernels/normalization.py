@@ -1,4 +1,4 @@
-"""Batch norm of a training step with what stands around it: a 1×1 convolution, the residual sum, ReLU.
+"""Batch norm of a training step with what stands around it: attention or a 1×1 convolution, the residual sum, ReLU.
 
 torch takes these one after another, and each reads its tensors from memory and writes them back, which on a CPU is
 most of what they cost. Here statistics are taken of a convolution's results while they are in a cache, norm, residual
@@ -33,15 +33,22 @@ def batch_norm_wanted(x: Tensor) -> bool:
 
 
 def batch_norm_serves(
-    x_NCHW: Tensor, weight: Tensor, bias: Tensor, matrix: Tensor | None = None, residual: Tensor | None = None
+    x_NCHW: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    matrix: Tensor | None = None,
+    residual: Tensor | None = None,
+    attention_NC: Tensor | None = None,
 ) -> bool:
     """Whether ``batch_norm`` can take these tensors, and the choice of kernels is not ``"reference"``."""
-    others = [tensor for tensor in (weight, bias, matrix, residual) if tensor is not None]
+    others = [tensor for tensor in (weight, bias, matrix, residual, attention_NC) if tensor is not None]
     if not batch_norm_wanted(x_NCHW) or not all(map(_plain, others)):
         return False
     if x_NCHW.dim() != 4 or x_NCHW.numel() <= x_NCHW.shape[1]:
         return False  # wrong shapes, and statistics of a single number, are torch's to refuse
     channels = x_NCHW.shape[1]
+    if attention_NC is not None and attention_NC.shape != x_NCHW.shape[:2]:
+        return False
     if matrix is not None:
         if matrix.shape[1] != channels or matrix.numel() > _LARGEST_MATRIX or any(n % _LANES for n in matrix.shape[:2]):
             return False
@@ -68,11 +75,12 @@ def batch_norm(
     matrix: Tensor | None = None,
     residual: Tensor | None = None,
     shortcut_stride: int = 0,
+    attention_NC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Batch norm with the statistics of this batch, and what stands around it; differentiable but for the statistics.
 
-    ``z = convolution(x)``, ``y = relu((z - mean) / sqrt(variance + epsilon) * weight + bias + residual)``. Repeated
-    calls give the same bits, on any number of threads.
+    ``z = convolution(x)`` or ``z = attention * x``, ``y = relu((z - mean) / sqrt(variance + epsilon) * weight + bias +
+    residual)``. Repeated calls give the same bits, on any number of threads.
 
     Args:
         x_NCHW: float32 on a CPU, more than one number a channel; channels-last saves a copy.
@@ -84,21 +92,24 @@ def batch_norm(
         residual: shape ``N, K, H, W``; with ReLU only.
         shortcut_stride: with a convolution, hands on x for a shortcut, whose gradient is then added where that of x is
             made: all of it with 1, every second row and column with 2; 0 hands on nothing.
+        attention_NC: multiplies each channel of each image, shape ``N, C``; without a convolution only.
 
     Returns:
         The result, channels-last; mean and variance (divided by the count) of each channel of z; the shortcut's input
         ``N, C, H / stride, W / stride``, or an empty tensor.
 
     Raises:
-        ValueError: for shapes that do not belong together, for a residual without ReLU, and for a shortcut without a
-            convolution.
+        ValueError: for shapes that do not belong together, for a residual without ReLU, for a shortcut without a
+            convolution, and for attention with one.
     """
     if residual is not None and not relu:
         raise ValueError("a residual is added before ReLU only; use relu=True")
     if shortcut_stride and matrix is None:
         raise ValueError("a shortcut is handed on by a convolution only; give its matrix, or use shortcut_stride=0")
+    if attention_NC is not None and matrix is not None:
+        raise ValueError("attention multiplies a norm's input, not a convolution's; leave one of them out")
     y, mean, variance, shortcut = _BatchNorm.apply(
-        x_NCHW, weight, bias, epsilon, relu, matrix, residual, shortcut_stride
+        x_NCHW, weight, bias, epsilon, relu, attention_NC, matrix, residual, shortcut_stride
     )
     return y, mean, variance, shortcut
 
@@ -112,15 +123,16 @@ class _BatchNorm(torch.autograd.Function):
         bias: Tensor,
         epsilon: float,
         relu: bool,
+        attention: Tensor | None,
         matrix: Tensor | None,
         residual: Tensor | None,
         shortcut_stride: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, mean, variance, z = torch.ops.epsanet.batch_norm(x, weight, bias, epsilon, relu, matrix, residual)
+        y, mean, variance, z = torch.ops.epsanet.batch_norm(x, weight, bias, epsilon, relu, attention, matrix, residual)
         ctx.arguments = (epsilon, relu, shortcut_stride)
         kept_y = None if residual is None else y
         kept_z = None if matrix is None else z
-        ctx.save_for_backward(x, weight, bias, matrix, kept_z, kept_y, mean, variance)
+        ctx.save_for_backward(x, weight, bias, attention, matrix, kept_z, kept_y, mean, variance)
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
         if shortcut_stride > 1:
@@ -131,18 +143,19 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-        x, weight, bias, matrix, z, y, mean, variance = ctx.saved_tensors
+        x, weight, bias, attention, matrix, z, y, mean, variance = ctx.saved_tensors
         epsilon, relu, shortcut_stride = ctx.arguments
         dshortcut = others[-1] if shortcut_stride else None
         dy = torch.zeros_like(x if z is None else z) if dy is None else dy
         any_batched = batched(dy) or (dshortcut is not None and batched(dshortcut))
         gradients = _torchs_gradient if any_batched else torch.ops.epsanet.batch_norm_gradient
-        dx, dweight, dbias, dmatrix, dresidual = gradients(
-            dy, dshortcut, shortcut_stride, x, weight, bias, epsilon, relu, matrix, z, y, mean, variance
+        dx, dweight, dbias, dattention, dmatrix, dresidual = gradients(
+            dy, dshortcut, shortcut_stride, x, weight, bias, epsilon, relu, attention, matrix, z, y, mean, variance
         )
+        attention_gradient = None if attention is None else dattention
         matrix_gradient = None if matrix is None else dmatrix
         residual_gradient = None if y is None else dresidual
-        return dx, dweight, dbias, None, None, matrix_gradient, residual_gradient, None
+        return dx, dweight, dbias, None, None, attention_gradient, matrix_gradient, residual_gradient, None
 
 
 @torch.library.custom_op("epsanet::batch_norm", mutates_args=(), device_types="cpu")
@@ -152,6 +165,7 @@ def _forward(
     bias: Tensor,
     epsilon: float,
     relu: bool,
+    attention: Tensor | None,
     matrix: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,6 +177,7 @@ def _forward(
     mean, variance = torch.empty_like(weight), torch.empty_like(weight)
     choice.native.batch_norm(
         x_NHWC,
+        None if attention is None else attention.detach().contiguous(),
         matrix_KC,
         z_NHWK,
         weight.detach().contiguous(),
@@ -186,6 +201,7 @@ def _(
     bias: Tensor,
     epsilon: float,
     relu: bool,
+    attention: Tensor | None,
     matrix: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -206,15 +222,18 @@ def _gradient(
     bias: Tensor,
     epsilon: float,
     relu: bool,
+    attention: Tensor | None,
     matrix: Tensor | None,
     z: Tensor | None,
     y: Tensor | None,
     mean: Tensor,
     variance: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x_NHWC, dy_NHWK = as_channels_last(x), as_channels_last(dy)
     matrix_KC = None if matrix is None else matrix.detach().flatten(1).contiguous()
     dx_NHWC, dweight, dbias = torch.empty_like(x_NHWC), torch.empty_like(weight), torch.empty_like(weight)
+    attention_NC = None if attention is None else attention.detach().contiguous()
+    dattention = None if attention_NC is None else torch.empty_like(attention_NC)
     dmatrix = None if matrix_KC is None else torch.empty_like(matrix_KC)
     dresidual_NHWK = None if y is None else torch.empty_like(dy_NHWK)
     choice.native.batch_norm_gradient(
@@ -222,6 +241,7 @@ def _gradient(
         None if dshortcut is None else as_channels_last(dshortcut),
         shortcut_stride,
         x_NHWC,
+        attention_NC,
         matrix_KC,
         None if z is None else as_channels_last(z),
         weight.detach().contiguous(),
@@ -232,6 +252,7 @@ def _gradient(
         epsilon,
         relu,
         dx_NHWC,
+        dattention,
         dmatrix,
         dresidual_NHWK,
         dweight,
@@ -242,6 +263,7 @@ def _gradient(
         dx_NHWC.permute(0, 3, 1, 2),
         dweight,
         dbias,
+        x.new_empty(0) if dattention is None else dattention,
         x.new_empty(0) if dmatrix is None or matrix is None else dmatrix.view(matrix.shape),
         x.new_empty(0) if dresidual_NHWK is None else dresidual_NHWK.permute(0, 3, 1, 2),
     )
@@ -257,19 +279,21 @@ def _(
     bias: Tensor,
     epsilon: float,
     relu: bool,
+    attention: Tensor | None,
     matrix: Tensor | None,
     z: Tensor | None,
     y: Tensor | None,
     mean: Tensor,
     variance: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Tensor) -> Tensor:
         batch, channels, height, width = tensor.shape
         return tensor.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
 
+    dattention = x.new_empty(0) if attention is None else attention.new_empty(attention.shape)
     dmatrix = x.new_empty(0) if matrix is None else matrix.new_empty(matrix.shape)
     dresidual = x.new_empty(0) if y is None else like(dy)
-    return like(x), torch.empty_like(weight), torch.empty_like(weight), dmatrix, dresidual
+    return like(x), torch.empty_like(weight), torch.empty_like(weight), dattention, dmatrix, dresidual
 
 
 _gradient.register_autograd(no_second_gradient)
@@ -284,14 +308,15 @@ def _torchs_gradient(
     bias: Tensor,
     epsilon: float,
     relu: bool,
+    attention: Tensor | None,
     matrix: Tensor | None,
     z: Tensor | None,
     y: Tensor | None,
     mean: Tensor,
     variance: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """By torch's own operators, which any tensors can go through."""
-    before = x if z is None else z
+    before = z if z is not None else x if attention is None else x * attention[:, :, None, None]
     deviation = (variance + epsilon).rsqrt()[:, None, None]
     normed = (before - mean[:, None, None]) * deviation
     if relu:
@@ -301,6 +326,9 @@ def _torchs_gradient(
     count = before.numel() // before.shape[1]
     centred = dy - (dbias[:, None, None] + normed * dweight[:, None, None]) / count
     dx, dmatrix = weight[:, None, None] * deviation * centred, None
+    dattention = None
+    if attention is not None:
+        dx, dattention = dx * attention[:, :, None, None], (dx * x).sum((-2, -1))
     if matrix is not None:
         dx, dmatrix, _ = torch.ops.aten.convolution_backward(
             dx, x, matrix, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
@@ -309,4 +337,4 @@ def _torchs_gradient(
         shortcut = torch.zeros_like(dx)
         shortcut[:, :, ::shortcut_stride, ::shortcut_stride] = dshortcut
         dx = dx + shortcut
-    return dx, dweight, dbias, dmatrix, dy
+    return dx, dweight, dbias, dattention, dmatrix, dy

@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from epsanet.network.norm import ConvolutionNorm, in_parts, norm_activation
+from epsanet.network.norm import ConvolutionNorm, in_parts, psa_norm_activation
 from epsanet.network.psa import (
     GROUPS,
     KERNEL_SIZES,
@@ -88,7 +88,7 @@ class EPSABlock(Bottleneck):
         else:
             x, shortcut = first.with_shortcut(x, 1)
             shortcut = shortcut if self.downsample is None else self.downsample(shortcut)
-        return last(norm_activation(self.bn2, self.act2, self.conv2(x)), shortcut)
+        return last(psa_norm_activation(self.conv2, self.bn2, self.act2, x), shortcut)
 
 
 def _projection(downsample: Any) -> ConvolutionNorm | None:
@@ -130,8 +130,8 @@ class EPSABasicBlock(BasicBlock):
         if not in_parts(self, x):
             return super().forward(x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = norm_activation(self.bn1, self.act1, self.conv1(x))
-        return norm_activation(self.bn2, self.act2, self.conv2(x), shortcut)
+        x = psa_norm_activation(self.conv1, self.bn1, self.act1, x)
+        return psa_norm_activation(self.conv2, self.bn2, self.act2, x, shortcut)
 
 
 class EPSANet(Trunk):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from epsanet import kernels
-from epsanet.network.psa import untouched
+from epsanet.network.psa import PSA, untouched
 
-__all__ = ["ConvolutionNorm", "in_parts", "norm_activation"]
+__all__ = ["ConvolutionNorm", "in_parts", "norm_activation", "psa_norm_activation"]
 
 
 def norm_activation(norm: nn.Module, activation: nn.Module | None, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -28,6 +28,23 @@ def norm_activation(norm: nn.Module, activation: nn.Module | None, x: Tensor, re
     if residual is not None:
         x += residual
     return x if activation is None else activation(x)
+
+
+def psa_norm_activation(
+    psa: Any, norm: nn.Module, activation: nn.Module | None, x: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """``activation(norm(psa(x)) + residual)``, shape ``N, C, H, W`` to ``N, K, H', W'``.
+
+    Where the kernels serve, attention multiplies the features inside the norm.
+    """
+    weighs = untouched(psa, PSA) and psa.se is not None and psa.fusion == "concat"
+    if not weighs or not _plain(norm, activation, residual):
+        return norm_activation(norm, activation, psa(x), residual)
+    feats_NSDHW, attention_NSD = psa.features_and_attention(x)
+    feats, attention = feats_NSDHW.flatten(1, 2), attention_NSD.flatten(1)
+    if _serves(norm, feats, None, residual, attention):
+        return _batch_norm(norm, activation, feats, None, residual, 0, attention)[0]
+    return norm_activation(norm, activation, feats * attention[..., None, None], residual)
 
 
 class ConvolutionNorm:
@@ -94,16 +111,24 @@ def _plain(norm: Any, activation: nn.Module | None, residual: Tensor | None) -> 
     return usual and not (residual is not None and activation is None)
 
 
-def _serves(norm: Any, x: Tensor, matrix: Tensor | None, residual: Tensor | None) -> bool:
-    return kernels.batch_norm_serves(x, norm.weight, norm.bias, matrix, residual)
+def _serves(
+    norm: Any, x: Tensor, matrix: Tensor | None, residual: Tensor | None, attention: Tensor | None = None
+) -> bool:
+    return kernels.batch_norm_serves(x, norm.weight, norm.bias, matrix, residual, attention)
 
 
 def _batch_norm(
-    norm: Any, activation: nn.Module | None, x: Tensor, matrix: Tensor | None, residual: Tensor | None, stride: int
+    norm: Any,
+    activation: nn.Module | None,
+    x: Tensor,
+    matrix: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    attention: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """By the kernels; the running statistics follow as in ``nn.BatchNorm2d``, with the variance of one count less."""
     y, mean, variance, shortcut = kernels.batch_norm(
-        x, norm.weight, norm.bias, norm.eps, activation is not None, matrix, residual, stride
+        x, norm.weight, norm.bias, norm.eps, activation is not None, matrix, residual, stride, attention
     )
     count = y.numel() // y.shape[1]
     norm.num_batches_tracked.add_(1)

@@ -355,14 +355,20 @@ class PSA(nn.Module):
         averages_NSD = feats_NSDHW.mean((-2, -1)) if averages_NSD is None else averages_NSD
         return branch_attention(self.se, averages_NSD, self.softmax)
 
+    def features_and_attention(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of all scales ``N, S, D, H', W'`` and the attention ``N, S, D`` that is to multiply them."""
+        feats_NSDHW, averages_NSD = self.features(x_NCHW)
+        attention_NSD = self.attention(feats_NSDHW, averages_NSD)
+        # Autocast takes the softmax in float32; the features stay small.
+        return feats_NSDHW, attention_NSD.to(feats_NSDHW.dtype)
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Shape ``N, C, H, W`` to ``N, K, H', W'``."""
-        feats_NSDHW, averages_NSD = self.features(x_NCHW)
-        if self.se is not None:
-            attention = self.attention(feats_NSDHW, averages_NSD)
-            if attention.dtype != feats_NSDHW.dtype:  # autocast takes the softmax in float32; the features stay small
-                attention = attention.to(feats_NSDHW.dtype)
-            feats_NSDHW = feats_NSDHW * attention[..., None, None]
+        if self.se is None:
+            feats_NSDHW, _ = self.features(x_NCHW)
+        else:
+            feats_NSDHW, attention_NSD = self.features_and_attention(x_NCHW)
+            feats_NSDHW = feats_NSDHW * attention_NSD[..., None, None]
         return feats_NSDHW.flatten(1, 2) if self.fusion == "concat" else feats_NSDHW.sum(1, dtype=feats_NSDHW.dtype)
 
     def extra_repr(self) -> str:

@@ -266,8 +266,8 @@ template <class Tensor, class Other> void check_alike(const Tensor &x, const Oth
 
 // The norm of `x`, or of `z`, the result of a convolution of x.
 template <class Tensor>
-BatchNorm norm_of(const Image &x, const std::optional<Matrix> &matrix, const std::optional<Tensor> &z, const Row &weight, const Row &bias, double epsilon,
-                  bool relu, std::optional<Dense> &convolution) {
+BatchNorm norm_of(const Image &x, const std::optional<Matrix> &factors, const std::optional<Matrix> &matrix, const std::optional<Tensor> &z, const Row &weight,
+                  const Row &bias, double epsilon, bool relu, std::optional<Dense> &convolution) {
     require(x.size() > 0, "the input must not be empty");
     require(matrix.has_value() == z.has_value(), "a convolution's weight goes with its result");
     const std::size_t channels = matrix ? matrix->shape(0) : x.shape(3);
@@ -279,13 +279,16 @@ BatchNorm norm_of(const Image &x, const std::optional<Matrix> &matrix, const std
                 "the convolution's result must be N × H × W × K");
         convolution = Dense{int(x.shape(3)), x.data(), matrix->data()};
     }
-    return {std::ptrdiff_t(x.size() / x.shape(3)), int(channels), z ? z->data() : x.data(), weight.data(), bias.data(), epsilon, relu};
+    if (factors)
+        require(!matrix && factors->shape(0) == x.shape(0) && factors->shape(1) == channels, "the factors must be N × C, without a convolution");
+    return {std::ptrdiff_t(x.size() / x.shape(3)), int(channels), z ? z->data() : x.data(), weight.data(), bias.data(), epsilon, relu,
+            factors ? factors->data() : nullptr, std::ptrdiff_t(x.shape(1) * x.shape(2))};
 }
 
-void batch_norm_of(Image x, std::optional<Matrix> matrix, std::optional<Result> z, Row weight, Row bias, std::optional<Image> residual, double epsilon,
+void batch_norm_of(Image x, std::optional<Matrix> factors, std::optional<Matrix> matrix, std::optional<Result> z, Row weight, Row bias, std::optional<Image> residual, double epsilon,
                    bool relu, Result y, RowResult mean, RowResult variance, int threads) {
     std::optional<Dense> convolution;
-    const BatchNorm norm = norm_of(x, matrix, z, weight, bias, epsilon, relu, convolution);
+    const BatchNorm norm = norm_of(x, factors, matrix, z, weight, bias, epsilon, relu, convolution);
     z ? check_alike(*z, y, "the output must be N × H × W × K") : check_alike(x, y, "the output must have the input's shape");
     if (residual) check_alike(y, *residual, "the residual must have the output's shape");
     require(mean.size() == weight.size() && variance.size() == weight.size(), "mean and variance must have one entry a channel");
@@ -294,16 +297,19 @@ void batch_norm_of(Image x, std::optional<Matrix> matrix, std::optional<Result> 
                variance.data(), threads);
 }
 
-void batch_norm_gradient_of(Image dy, std::optional<Image> dshortcut, int shortcut_stride, Image x, std::optional<Matrix> matrix, std::optional<Image> z,
+void batch_norm_gradient_of(Image dy, std::optional<Image> dshortcut, int shortcut_stride, Image x, std::optional<Matrix> factors, std::optional<Matrix> matrix, std::optional<Image> z,
                             Row weight, Row bias, std::optional<Image> y, Row mean, Row variance, double epsilon, bool relu, Result dx,
-                            std::optional<Buffer<float, nb::ndim<2>>> dmatrix, std::optional<Result> dresidual, RowResult dweight, RowResult dbias, int threads) {
+                            std::optional<Buffer<float, nb::ndim<2>>> dfactors, std::optional<Buffer<float, nb::ndim<2>>> dmatrix, std::optional<Result> dresidual, RowResult dweight, RowResult dbias, int threads) {
     std::optional<Dense> convolution;
-    const BatchNorm norm = norm_of(x, matrix, z, weight, bias, epsilon, relu, convolution);
+    const BatchNorm norm = norm_of(x, factors, matrix, z, weight, bias, epsilon, relu, convolution);
     check_alike(x, dx, "the input's gradient must have its shape");
     check_alike(z ? *z : x, dy, "the output's gradient must have its shape");
     require(dmatrix.has_value() == matrix.has_value(), "a convolution's weight goes with its gradient");
     if (dmatrix)
         require(dmatrix->shape(0) == matrix->shape(0) && dmatrix->shape(1) == matrix->shape(1), "the gradient of the convolution's weight must be K × C");
+    require(dfactors.has_value() == factors.has_value(), "the gradient of the factors goes with them");
+    if (dfactors)
+        require(dfactors->shape(0) == factors->shape(0) && dfactors->shape(1) == factors->shape(1), "the gradient of the factors must be N × C");
     require(y.has_value() == dresidual.has_value(), "the output goes with the gradient of a residual");
     if (y) check_alike(dy, *y, "the output must have its gradient's shape"), check_alike(dy, *dresidual, "the residual's gradient must have the output's shape");
     require(mean.size() == weight.size() && variance.size() == weight.size() && dweight.size() == weight.size() && dbias.size() == weight.size(),
@@ -317,7 +323,8 @@ void batch_norm_gradient_of(Image dy, std::optional<Image> dshortcut, int shortc
                 "the shortcut's gradient must be N × H / stride × W / stride × C");
         shortcut = Shortcut{dshortcut->data(), int(x.shape(1)), int(x.shape(2)), shortcut_stride};
     }
-    const Gradients to{dx.data(), dmatrix ? dmatrix->data() : nullptr, dresidual ? dresidual->data() : nullptr, dweight.data(), dbias.data()};
+    const Gradients to{dx.data(), dmatrix ? dmatrix->data() : nullptr, dresidual ? dresidual->data() : nullptr, dweight.data(), dbias.data(),
+                       dfactors ? dfactors->data() : nullptr};
     const nb::gil_scoped_release release;
     batch_norm_gradient(norm, convolution ? &*convolution : nullptr, shortcut ? &*shortcut : nullptr, dy.data(), y ? y->data() : nullptr, mean.data(),
                         variance.data(), to, threads);
@@ -359,13 +366,13 @@ NB_MODULE(_native, module) {
              nb::arg("packed").noconvert(), nb::arg("dx").noconvert(), nb::arg("ordered"), nb::arg("threads"))
         .def("weight_gradient", &Layer::weight_gradient, nb::arg("x").noconvert(), nb::arg("dy").noconvert(),
              nb::arg("dsums").none().noconvert(), nb::arg("gradients").noconvert(), nb::arg("ordered"), nb::arg("threads"));
-    module.def("batch_norm", &batch_norm_of, nb::arg("x").noconvert(), nb::arg("matrix").none().noconvert(), nb::arg("z").none().noconvert(),
+    module.def("batch_norm", &batch_norm_of, nb::arg("x").noconvert(), nb::arg("factors").none().noconvert(), nb::arg("matrix").none().noconvert(), nb::arg("z").none().noconvert(),
                nb::arg("weight").noconvert(), nb::arg("bias").noconvert(), nb::arg("residual").none().noconvert(), nb::arg("epsilon"),
                nb::arg("relu"), nb::arg("y").noconvert(), nb::arg("mean").noconvert(), nb::arg("variance").noconvert(), nb::arg("threads"));
     module.def("batch_norm_gradient", &batch_norm_gradient_of, nb::arg("dy").noconvert(), nb::arg("dshortcut").none().noconvert(),
-               nb::arg("shortcut_stride"), nb::arg("x").noconvert(), nb::arg("matrix").none().noconvert(), nb::arg("z").none().noconvert(),
+               nb::arg("shortcut_stride"), nb::arg("x").noconvert(), nb::arg("factors").none().noconvert(), nb::arg("matrix").none().noconvert(), nb::arg("z").none().noconvert(),
                nb::arg("weight").noconvert(), nb::arg("bias").noconvert(), nb::arg("y").none().noconvert(), nb::arg("mean").noconvert(),
-               nb::arg("variance").noconvert(), nb::arg("epsilon"), nb::arg("relu"), nb::arg("dx").noconvert(), nb::arg("dmatrix").none().noconvert(),
+               nb::arg("variance").noconvert(), nb::arg("epsilon"), nb::arg("relu"), nb::arg("dx").noconvert(), nb::arg("dfactors").none().noconvert(), nb::arg("dmatrix").none().noconvert(),
                nb::arg("dresidual").none().noconvert(), nb::arg("dweight").noconvert(), nb::arg("dbias").noconvert(), nb::arg("threads"));
     module.def(
         "prefer_large_pages", [](Buffer<float, nb::ndim<1>> memory) { prefer_large_pages(memory.data(), memory.size()); },

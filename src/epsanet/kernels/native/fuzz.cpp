@@ -257,12 +257,13 @@ bool chain_wrong(long call, std::mt19937 &random) {
     return true;
 }
 
-// A batch norm and its gradients, half of the time of a 1×1 convolution: one channel by plain loops. ReLU's sign is that
+// A batch norm and its gradients, half of the time of a 1×1 convolution, else at times with factors: one channel by plain
+// loops. ReLU's sign is that
 // of the result: a sum that rounds to either side of zero is no error.
 bool norm_wrong(long call, std::mt19937 &random) {
     const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
     norm_floats_cached = pick(0, 1) ? 0 : 3 * 1024 * 1024;
-    const bool convolved = pick(0, 1), relu = pick(0, 3) > 0, added = relu && pick(0, 1);
+    const bool convolved = pick(0, 1), relu = pick(0, 3) > 0, added = relu && pick(0, 1), weighed = !convolved && pick(0, 1);
     const int results = convolved ? 16 * pick(1, 5) : pick(1, 80), depth = convolved ? 16 * pick(1, 5) : results;
     const int stride = convolved ? pick(0, 2) : 0, threads = pick(1, 3);  // of the shortcut; 0: none
     const bool large = pick(0, 39) == 0;  // of several pieces
@@ -272,17 +273,21 @@ bool norm_wrong(long call, std::mt19937 &random) {
     Floats x(source_size, pick(0, 15), random), matrix(std::size_t(results) * depth, pick(0, 15), random), z(size, pick(0, 15), random);
     Floats weight(results, pick(0, 15), random), bias(results, pick(0, 15), random), residual(size, pick(0, 15), random), y(size, pick(0, 15), random);
     Floats mean(results, pick(0, 15), random), variance(results, pick(0, 15), random), dy(size, pick(0, 15), random);
-    const BatchNorm norm{pixels, results, convolved ? z.get() : x.get(), weight.get(), bias.get(), 0.1, relu};
+    Floats factors(std::size_t(batch) * results, pick(0, 15), random), dfactors(std::size_t(batch) * results, pick(0, 15), random);
+    const BatchNorm norm{pixels,    results, convolved ? z.get() : x.get(), weight.get(), bias.get(), 0.1, relu, weighed ? factors.get() : nullptr,
+                         height * width};
+    const auto factor = [&](int pixel, int channel) { return weighed ? double(factors.get()[pixel / (height * width) * results + channel]) : 1.0; };
+    const auto value = [&](int pixel, int channel) { return norm.x[std::ptrdiff_t(pixel) * results + channel] * factor(pixel, channel); };
     const Dense layer{depth, x.get(), matrix.get()};
     const Dense *const convolution = convolved ? &layer : nullptr;
     batch_norm(norm, convolution, convolved ? z.get() : nullptr, added ? residual.get() : nullptr, y.get(), mean.get(), variance.get(), threads);
 
     Plain at_z, average;
-    for (int pixel = 0; pixel < pixels; ++pixel) average.add(norm.x[std::ptrdiff_t(pixel) * results + k] / double(pixels));
+    for (int pixel = 0; pixel < pixels; ++pixel) average.add(value(pixel, k) / pixels);
     for (int in = 0; convolved && in < depth; ++in) at_z.add(double(x.get()[std::ptrdiff_t(at_pixel) * depth + in]) * matrix.get()[std::ptrdiff_t(k) * depth + in]);
     if (convolved && wrong(call, "convolution before a norm", at_z, z.get()[std::ptrdiff_t(at_pixel) * results + k])) return true;
     Plain spread, normed;
-    const auto centred = [&](int pixel, int channel) { return double(norm.x[std::ptrdiff_t(pixel) * results + channel]) - mean.get()[channel]; };
+    const auto centred = [&](int pixel, int channel) { return value(pixel, channel) - mean.get()[channel]; };
     for (int pixel = 0; pixel < pixels; ++pixel) spread.add(centred(pixel, k) * centred(pixel, k) / pixels);
     if (wrong(call, "mean", average, mean.get()[k]) || wrong(call, "variance", spread, variance.get()[k])) return true;
     const auto deviation = [&](int channel) { return 1 / std::sqrt(variance.get()[channel] + norm.epsilon); };
@@ -298,7 +303,8 @@ bool norm_wrong(long call, std::mt19937 &random) {
     Floats dmatrix(std::size_t(results) * depth, pick(0, 15), random), dresidual(size, pick(0, 15), random);
     Floats dweight(results, pick(0, 15), random), dbias(results, pick(0, 15), random);
     const Shortcut shortcut{dshortcut.get(), height, width, step};
-    const Gradients to{dx.get(), convolved ? dmatrix.get() : nullptr, added ? dresidual.get() : nullptr, dweight.get(), dbias.get()};
+    const Gradients to{dx.get(), convolved ? dmatrix.get() : nullptr, added ? dresidual.get() : nullptr, dweight.get(), dbias.get(),
+                       weighed ? dfactors.get() : nullptr};
     batch_norm_gradient(norm, convolution, stride ? &shortcut : nullptr, dy.get(), added ? y.get() : nullptr, mean.get(), variance.get(), to, threads);
     const auto before_relu = [&](int pixel, int channel) {
         const std::ptrdiff_t place = std::ptrdiff_t(pixel) * results + channel;
@@ -325,8 +331,13 @@ bool norm_wrong(long call, std::mt19937 &random) {
     };
     Plain of_source, of_matrix;
     if (!convolved) {
-        of_result(at_pixel, k, of_source, 1);
-        return wrong(call, "gradient of a norm", of_source, dx.get()[at]);
+        of_result(at_pixel, k, of_source, factor(at_pixel, k));
+        Plain of_factor;
+        const int image = at_pixel / (height * width);
+        for (int pixel = image * height * width; weighed && pixel < (image + 1) * height * width; ++pixel)
+            of_result(pixel, k, of_factor, norm.x[std::ptrdiff_t(pixel) * results + k]);
+        return wrong(call, "gradient of a norm", of_source, dx.get()[at]) ||
+               (weighed && wrong(call, "gradient of a factor", of_factor, dfactors.get()[image * results + k]));
     }
     for (int channel = 0; channel < results; ++channel) of_result(at_pixel, channel, of_source, matrix.get()[std::ptrdiff_t(channel) * depth + c]);
     const int column = at_pixel % width, row = at_pixel / width % height, image = at_pixel / width / height;

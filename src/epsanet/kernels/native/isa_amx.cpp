@@ -1,4 +1,5 @@
-// The dense 1×1 convolutions on the matrix unit of newer Intel processors (AMX), as accurate as in float.
+// The dense 1×1 convolutions, and their weight gradients, on the matrix unit of newer Intel processors (AMX), as accurate
+// as in float.
 //
 // The unit multiplies tiles of bfloat16, which has eight significant bits, and adds in float. A float's 24 bits are
 // cut into three such parts, whose sum it is exactly: x = x0 + x1 + x2. Of the nine products of two numbers' parts,
@@ -21,7 +22,7 @@ constexpr int parts = 3;
 constexpr int tile_rows = 16;   // pixels, or pairs of channels
 constexpr int tile_depth = 32;  // channels
 constexpr int tile = tile_rows * tile_depth, sums_tile = tile_rows * lanes;  // numbers of a tile
-constexpr int worth_channels = 64;  // of source and results: with fewer, cutting into parts costs what tiles save
+constexpr int worth_channels = 64;  // on either side: with fewer, cutting into parts costs what tiles save
 constexpr int panel_tiles = 14;  // of pixels, whose parts stay in a second-level cache
 
 // What the unit is told of its eight tiles. A constant, since not every compiler sees all of it being read.
@@ -96,6 +97,29 @@ struct Target {
     bool past_caches;
 };
 
+// The six products of one step's tiles, the smallest first; `load_left` and `load_right` load a part into tiles 4 and 5, 6 and 7.
+template <bool two_left, bool two_right, class Left, class Right> void add_products(const Left &load_left, const Right &load_right) {
+    const auto add = [] {
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (two_right) _tile_dpbf16ps(1, 4, 7);
+        if constexpr (two_left) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (two_left && two_right) _tile_dpbf16ps(3, 5, 7);
+    };
+    load_left(0);
+    load_right(2);
+    add();
+    load_right(1);
+    add();
+    load_left(1);
+    add();
+    load_right(0);
+    add();
+    load_left(2);
+    add();
+    load_left(0);
+    add();
+}
+
 // Sums of one or two tiles of pixels × one or two of results into `sums`, [tile of pixels][tile of results].
 template <bool two_rows, bool two_blocks>
 void multiply(const Half *pixels, Offset next_pixels, const Half *weights, int steps, const Target &to, float *sums, Fetch &fetch) {
@@ -116,12 +140,6 @@ void multiply(const Half *pixels, Offset next_pixels, const Half *weights, int s
         _tile_loadd(6, from, row);
         if constexpr (two_blocks) _tile_loadd(7, from + tile, row);
     };
-    const auto add_products = [&] {
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (two_blocks) _tile_dpbf16ps(1, 4, 7);
-        if constexpr (two_rows) _tile_dpbf16ps(2, 5, 6);
-        if constexpr (two_rows && two_blocks) _tile_dpbf16ps(3, 5, 7);
-    };
     for (int step = 0; step < steps; ++step) {
         // What the end of the tile touches, fetched meanwhile.
         for (int pixel = to.pixels * step / steps; pixel < to.pixels * (step + 1) / steps; ++pixel)
@@ -130,19 +148,7 @@ void multiply(const Half *pixels, Offset next_pixels, const Half *weights, int s
                 if (to.residual) __builtin_prefetch(to.residual + pixel * to.pixel + block * lanes);
             }
         fetch.step();
-        load_pixels(0);
-        load_weights(2);
-        add_products();
-        load_weights(1);
-        add_products();
-        load_pixels(1);
-        add_products();
-        load_weights(0);
-        add_products();
-        load_pixels(2);
-        add_products();
-        load_pixels(0);
-        add_products();
+        add_products<two_rows, two_blocks>(load_pixels, load_weights);
         pixels += parts * tile;
         weights += parts * (two_blocks ? 2 : 1) * tile;
     }
@@ -241,6 +247,110 @@ std::size_t pointwise_scratch(int depth) {
     return 4 * sums_tile + halves * sizeof(Half) / sizeof(float);
 }
 
+// ------------------------------------------------------------------------------------------------- outer products
+
+constexpr int pixels_of_step = tile_depth;  // that one product of tiles adds up; pixels i and i + 16 are a pair
+
+const float no_pixel[lanes] = {};
+
+// Four channels of sixteen pixels: one vector a channel.
+void transpose(const float *const *pixels, int channel, __m512 *to) {
+    __m512 v[4];  // pixels i, 4 + i, 8 + i and 12 + i
+    for (int i = 0; i < 4; ++i) {
+        const auto at = [&](int pixel) { return _mm_loadu_ps(pixels[pixel] + channel); };
+        v[i] = _mm512_castps128_ps512(at(i));
+        v[i] = _mm512_mask_broadcast_f32x4(v[i], 0x00f0, at(4 + i));
+        v[i] = _mm512_mask_broadcast_f32x4(v[i], 0x0f00, at(8 + i));
+        v[i] = _mm512_mask_broadcast_f32x4(v[i], 0xf000, at(12 + i));
+    }
+    const auto pairs = [](__m512 a, __m512 b, auto unpack) { return _mm512_castps_pd(unpack(a, b)); };
+    const auto low = [](__m512 a, __m512 b) { return _mm512_unpacklo_ps(a, b); };
+    const auto high = [](__m512 a, __m512 b) { return _mm512_unpackhi_ps(a, b); };
+    const __m512d first = pairs(v[0], v[1], low), second = pairs(v[2], v[3], low), third = pairs(v[0], v[1], high), fourth = pairs(v[2], v[3], high);
+    to[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+    to[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+    to[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(third, fourth));
+    to[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(third, fourth));
+}
+
+// Tiles [sixteen of the rows][part], whose rows are channels, and whose columns are pixels.
+void pack_rows(const float *a, int rows, int pixels, Half *to) {
+    for (int row = 0; row < rows; row += lanes, to += parts * tile) {
+        const float *from[pixels_of_step];
+        for (int pixel = 0; pixel < pixels_of_step; ++pixel) from[pixel] = pixel < pixels ? a + Offset(pixel) * rows + row : no_pixel;
+        for (int channel = 0; channel < lanes; channel += 4) {
+            __m512 low[4], high[4];
+            transpose(from, channel, low);
+            transpose(from + tile_rows, channel, high);
+            for (int c = 0; c < 4; ++c) store_parts(low[c], high[c], to + (channel + c) * tile_depth, tile);
+        }
+    }
+}
+
+// Tiles [sixteen of the columns][part], whose rows are pairs of pixels.
+void pack_columns(const float *b, int columns, int pixels, Half *to) {
+    for (int pair = 0; pair < tile_rows; ++pair) {
+        const auto load = [&](int pixel, int column) { return pixel < pixels ? _mm512_loadu_ps(b + Offset(pixel) * columns + column) : _mm512_setzero_ps(); };
+        for (int column = 0; column < columns; column += lanes)
+            store_parts(load(pair, column), load(pair + tile_rows, column), to + column * parts * tile_depth + pair * tile_depth, tile);
+    }
+}
+
+// Sums over pixels of one or two tiles of rows times one or two of columns, added to `sums`.
+template <bool two_rows, bool two_columns>
+void add_outer(const Half *left, Offset next_left, const Half *right, Offset next_right, int steps, float *sums, Offset sums_row) {
+    constexpr Offset row = tile_depth * sizeof(Half), other = parts * tile;
+    const Offset below = tile_rows * sums_row, bytes = sums_row * sizeof(float);
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // as in `multiply`
+    _tile_loadd(0, sums, bytes);
+    if constexpr (two_columns) _tile_loadd(1, sums + lanes, bytes);
+    if constexpr (two_rows) _tile_loadd(2, sums + below, bytes);
+    if constexpr (two_rows && two_columns) _tile_loadd(3, sums + below + lanes, bytes);
+    for (int step = 0; step < steps; ++step, left += next_left, right += next_right)
+        add_products<two_rows, two_columns>(
+            [&](int part) {
+                _tile_loadd(4, left + part * tile, row);
+                if constexpr (two_rows) _tile_loadd(5, left + other + part * tile, row);
+            },
+            [&](int part) {
+                _tile_loadd(6, right + part * tile, row);
+                if constexpr (two_columns) _tile_loadd(7, right + other + part * tile, row);
+            });
+    _tile_stored(0, sums, bytes);
+    if constexpr (two_columns) _tile_stored(1, sums + lanes, bytes);
+    if constexpr (two_rows) _tile_stored(2, sums + below, bytes);
+    if constexpr (two_rows && two_columns) _tile_stored(3, sums + below + lanes, bytes);
+}
+
+void outer_products(const float *a, int rows, const float *b, int columns, int pixels, float *sums, float *scratch) {
+    if (rows < worth_channels || columns < worth_channels) {
+        kernels_avx512.outer_products(a, rows, b, columns, pixels, sums, scratch);
+        return;
+    }
+    _tile_loadconfig(&shapes);
+    const int steps = divide_up(pixels, pixels_of_step);
+    const Offset next_rows = Offset(rows) * parts * tile_depth, next_columns = Offset(columns) * parts * tile_depth;
+    Half *const left = reinterpret_cast<Half *>(scratch), *const right = left + steps * next_rows;
+    for (int step = 0; step < steps; ++step) {
+        const Offset pixel = Offset(step) * pixels_of_step;
+        const int count = least(pixels_of_step, int(pixels - pixel));
+        pack_rows(a + pixel * rows, rows, count, left + step * next_rows);
+        pack_columns(b + pixel * columns, columns, count, right + step * next_columns);
+    }
+    for (int column = 0; column < columns; column += 2 * lanes)
+        for (int row = 0; row < rows; row += 2 * lanes) {
+            const bool two_rows = row + lanes < rows, two_columns = column + lanes < columns;
+            const auto run = two_rows ? two_columns ? add_outer<true, true> : add_outer<true, false>
+                             : two_columns ? add_outer<false, true> : add_outer<false, false>;
+            run(left + row * parts * tile_depth, next_rows, right + column * parts * tile_depth, next_columns, steps, sums + Offset(row) * columns + column, columns);
+        }
+    _tile_release();
+}
+
+std::size_t outer_scratch(int rows, int columns, int pixels) {
+    return std::size_t(divide_up(pixels, pixels_of_step)) * (rows + columns) * parts * tile_depth * sizeof(Half) / sizeof(float);
+}
+
 }  // namespace
 
 const Kernels &kernels_amx() {
@@ -251,6 +361,8 @@ const Kernels &kernels_amx() {
         those.pointwise_scratch = pointwise_scratch;
         those.pixels_of_tile = tile_rows;
         those.tiles_of_panel = panel_tiles;
+        those.outer_products = outer_products;
+        those.outer_scratch = outer_scratch;
         return those;
     }();
     return kernels;

@@ -910,7 +910,7 @@ const Kernels EPSANET_JOIN(kernels_, EPSANET_ISA) = {EPSANET_TEXT(EPSANET_ISA), 
                                                      EPSANET_ISA::input_gradient, EPSANET_ISA::weight_gradient,
                                                      EPSANET_ISA::pointwise, EPSANET_ISA::pointwise_scratch,
                                                      EPSANET_ISA::max_pixels[1], EPSANET_ISA::panel_tiles, EPSANET_ISA::rescale,
-                                                     EPSANET_ISA::outer_products,
+                                                     EPSANET_ISA::outer_products, EPSANET_ISA::outer_scratch,
                                                      EPSANET_ISA::norm_sums, EPSANET_ISA::norm_apply,
                                                      EPSANET_ISA::norm_gradient_sums, EPSANET_ISA::norm_gradient};
 }  // namespace epsanet

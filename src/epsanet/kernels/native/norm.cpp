@@ -24,19 +24,23 @@ bool past_caches(const float *result, std::ptrdiff_t floats) {
     return floats > norm_floats_cached && reinterpret_cast<std::uintptr_t>(result) % 64 == 0;
 }
 
-// A norm's tensors cut into pieces of whole rows; with a convolution, its source has `widest` channels if those are more.
+// A norm's tensors cut into pieces of whole rows, with factors each of one image; with a convolution, its source has
+// `widest` channels if those are more.
 class Pieces {
   public:
-    Pieces(const BatchNorm &norm, int widest) : channels_(norm.channels), floats_(norm.pixels * norm.channels) {
+    Pieces(const BatchNorm &norm, int widest)
+        : channels_(norm.channels), floats_(norm.pixels * channels_), part_((norm.factors ? norm.image_pixels : norm.pixels) * channels_) {
         // Four vectors or more: sums go through memory, and the same place is not wanted again at once.
         std::ptrdiff_t pixels = 1;
         while (pixels * channels_ % lanes != 0 || pixels * channels_ < 4 * lanes) ++pixels;
         row = int(pixels * channels_);
         step_ = std::max<std::ptrdiff_t>(1, floats_of_piece / (pixels * std::max(channels_, widest))) * row;
-        count = int((floats_ + step_ - 1) / step_);
+        of_part_ = int((part_ + step_ - 1) / step_);
+        count = int(floats_ / part_) * of_part_;
     }
 
-    std::ptrdiff_t begin(int piece) const { return piece * step_; }
+    int image(int piece) const { return piece / of_part_; }
+    std::ptrdiff_t begin(int piece) const { return image(piece) * part_ + piece % of_part_ * step_; }
     std::ptrdiff_t pixels(int piece) const { return size(piece) / channels_; }
     // `result`: what is written, if it goes to memory.
     Rows rows(int piece, const float *result) const {
@@ -52,10 +56,22 @@ class Pieces {
     int row, count;
 
   private:
-    std::ptrdiff_t size(int piece) const { return std::min(step_, floats_ - begin(piece)); }
+    std::ptrdiff_t size(int piece) const { return std::min(step_, part_ - piece % of_part_ * step_); }
 
-    int channels_;
-    std::ptrdiff_t floats_, step_;
+    int channels_, of_part_;  // the latter: pieces of an image, or of all
+    std::ptrdiff_t floats_, part_, step_;
+};
+
+// The factors of a piece's image, repeated.
+class Factor {
+  public:
+    Factor(const BatchNorm &norm, const Pieces &pieces, int piece) {
+        if (norm.factors) row_ = pieces.repeated(norm.factors + std::ptrdiff_t(pieces.image(piece)) * norm.channels);
+    }
+    const float *row() const { return row_.empty() ? nullptr : row_.data(); }
+
+  private:
+    std::vector<float> row_;
 };
 
 // The norm as the loops want it.
@@ -66,11 +82,12 @@ struct Repeated {
         means = pieces.repeated(mean);
         scale = pieces.repeated(scales.data());
         bias = pieces.repeated(norm.bias);
-        loops = {means.data(), scale.data(), bias.data(), norm.relu};
+        relu = norm.relu;
     }
+    Norm with(const Factor &factor) const { return {means.data(), scale.data(), bias.data(), relu, factor.row()}; }
 
     std::vector<float> means, scale, bias;
-    Norm loops;
+    bool relu;
 };
 
 // `make` gives a piece of norm.x, to be copied to `result` if it is not there.
@@ -85,19 +102,25 @@ void normalise(const BatchNorm &norm, float *result, const float *residual, floa
         float *sum = sums.data() + std::size_t(piece) * 2 * row;
         const float *from = make(piece, thread);
         float *copy = result && from != result + pieces.begin(piece) ? result + pieces.begin(piece) : nullptr;
-        kernels.norm_sums(pieces.rows(piece, copy), from, pieces.repeated(from).data(), copy, sum, sum + row);
+        const Factor factor(norm, pieces, piece);
+        std::vector<float> shift = pieces.repeated(from);
+        for (int place = 0; factor.row() && place < row; ++place) shift[place] *= factor.row()[place];
+        kernels.norm_sums(pieces.rows(piece, copy), from, factor.row(), shift.data(), copy, sum, sum + row);
     });
     std::vector<double> means(channels), squares(channels);  // of the pieces so far; squares of the distance from the mean
     std::ptrdiff_t seen = 0;
     for (int piece = 0; piece < pieces.count; ++piece) {
         const float *sum = sums.data() + std::size_t(piece) * 2 * row, *first = norm.x + pieces.begin(piece);
-        const double pixels = double(pieces.pixels(piece)), all = seen + pixels;
+        const float *factor = norm.factors ? norm.factors + std::ptrdiff_t(pieces.image(piece)) * channels : nullptr;
+        const double pixels = double(pieces.pixels(piece)), share = pixels / (seen + pixels);
         for (int c = 0; c < channels; ++c) {
             double difference = 0, square = 0;
             for (int place = c; place < row; place += channels) difference += sum[place], square += sum[row + place];
-            const double step = first[c] + difference / pixels - means[c];
-            means[c] += step * pixels / all;
-            squares[c] += square - difference * difference / pixels + step * step * seen * pixels / all;
+            const float shift = factor ? first[c] * factor[c] : first[c];
+            difference /= pixels;
+            const double step = shift + difference - means[c];
+            means[c] += step * share;
+            squares[c] += square - difference * difference * pixels + step * step * seen * share;
         }
         seen += pieces.pixels(piece);
     }
@@ -108,7 +131,8 @@ void normalise(const BatchNorm &norm, float *result, const float *residual, floa
     const Repeated repeated(norm, pieces, mean, variance);
     share(pieces.count, threads, [&](int piece, int) {
         const std::ptrdiff_t at = pieces.begin(piece);
-        kernels.norm_apply(pieces.rows(piece, y + at), repeated.loops, norm.x + at, residual ? residual + at : nullptr, y + at);
+        const Factor factor(norm, pieces, piece);
+        kernels.norm_apply(pieces.rows(piece, y + at), repeated.with(factor), norm.x + at, residual ? residual + at : nullptr, y + at);
     });
 }
 
@@ -125,16 +149,18 @@ Slopes sum_gradients(const BatchNorm &norm, const Pieces &pieces, const Repeated
     share(pieces.count, threads, [&](int piece, int) {
         const std::ptrdiff_t at = pieces.begin(piece);
         float *sum = sums.data() + std::size_t(piece) * 2 * row, *before_relu = to.residual ? to.residual + at : nullptr;
-        kernels.norm_gradient_sums(pieces.rows(piece, before_relu), repeated.loops, dy + at, norm.x + at, y ? y + at : nullptr, before_relu, sum,
+        const Factor factor(norm, pieces, piece);
+        kernels.norm_gradient_sums(pieces.rows(piece, before_relu), repeated.with(factor), dy + at, norm.x + at, y ? y + at : nullptr, before_relu, sum,
                                    sum + row);
     });
     std::vector<double> total(channels), products(channels);
     for (int piece = 0; piece < pieces.count; ++piece) {
         const float *sum = sums.data() + std::size_t(piece) * 2 * row;
-        for (int place = 0; place < row; ++place) {
-            total[place % channels] += sum[place];
-            products[place % channels] += sum[row + place];
-        }
+        for (int place = 0; place < row; place += channels)
+            for (int c = 0; c < channels; ++c) {
+                total[c] += sum[place + c];
+                products[c] += sum[row + place + c];
+            }
     }
     std::vector<float> slopes(channels), offsets(channels);
     for (int c = 0; c < channels; ++c) {
@@ -231,20 +257,32 @@ void batch_norm_gradient(const BatchNorm &norm, const Dense *convolution, const 
     const Repeated repeated(norm, pieces, mean, variance);
     const Slopes slopes = sum_gradients(norm, pieces, repeated, dy, y, variance, to, threads);
     const float *const g = to.residual ? to.residual : dy;
-    const auto gradient = [&](int piece, const Rows &rows, float *dx) {
+    const auto gradient = [&](int piece, const Rows &rows, float *dx, float *dfactor) {
         const std::ptrdiff_t at = pieces.begin(piece);
-        kernels.norm_gradient(rows, repeated.loops, slopes.slope.data(), slopes.offset.data(), g + at, norm.x + at, to.residual != nullptr, dx);
+        const Factor factor(norm, pieces, piece);
+        kernels.norm_gradient(rows, repeated.with(factor), slopes.slope.data(), slopes.offset.data(), g + at, norm.x + at, to.residual != nullptr, dx,
+                              dfactor);
     };
     if (!convolution) {
+        const int row = pieces.row;
+        std::vector<float> products(norm.factors ? std::size_t(pieces.count) * row : 0);
         share(pieces.count, threads, [&](int piece, int) {
             float *dx = to.x + pieces.begin(piece);
-            gradient(piece, pieces.rows(piece, dx), dx);
+            gradient(piece, pieces.rows(piece, dx), dx, norm.factors ? products.data() + std::size_t(piece) * row : nullptr);
         });
+        if (!norm.factors) return;
+        std::vector<double> total(norm.pixels / norm.image_pixels * norm.channels);
+        for (int piece = 0; piece < pieces.count; ++piece)
+            for (int place = 0; place < row; place += norm.channels)
+                for (int c = 0; c < norm.channels; ++c)
+                    total[std::size_t(pieces.image(piece)) * norm.channels + c] += products[std::size_t(piece) * row + place + c];
+        std::copy(total.begin(), total.end(), to.factors);
         return;
     }
     const int depth = convolution->in_channels, results = norm.channels;
     const std::vector<float> packed = pack_dense(convolution->weight, results, depth, true), no_bias(depth);
-    const std::size_t scratch = kernels.pointwise_scratch(std::min(results, panel_depth)), piece_pixels = pieces.pixels(0);
+    const std::size_t piece_pixels = pieces.pixels(0);
+    const std::size_t scratch = std::max(kernels.pointwise_scratch(std::min(results, panel_depth)), kernels.outer_scratch(depth, results, int(piece_pixels)));
     // The pieces of a group are added up one after another: the order does not depend on threads.
     const int groups = int(std::clamp<std::ptrdiff_t>(norm.pixels / 256, 1, std::min(pieces.count, 16)));
     const std::size_t size = std::size_t(depth) * results;
@@ -256,14 +294,15 @@ void batch_norm_gradient(const BatchNorm &norm, const Dense *convolution, const 
         float *const dz = memory[thread].get(), *const near = dz + piece_pixels * results, *const sum = sums.data() + group * size;
         for (int piece = pieces.count * group / groups; piece < pieces.count * (group + 1) / groups; ++piece) {
             const std::ptrdiff_t first = pieces.begin(piece) / results, pixels = pieces.pixels(piece);
-            gradient(piece, pieces.rows(piece, nullptr), dz);
+            gradient(piece, pieces.rows(piece, nullptr), dz, nullptr);
             const float *x = convolution->x + first * depth;
             float *dx = to.x + first * depth;
+            float *const scratch = near + piece_pixels * depth;
             const float *added = shortcut ? shortcut_of(*shortcut, first, pixels, depth, near) : nullptr;
             multiply_dense(kernels, dz, results, packed.data(), no_bias.data(), depth, dx, pixels, added, past_caches(dx, norm.pixels * depth),
-                           near + piece_pixels * depth);
-            results_are_rows ? kernels.outer_products(dz, results, x, depth, int(pixels), sum)
-                             : kernels.outer_products(x, depth, dz, results, int(pixels), sum);
+                           scratch);
+            results_are_rows ? kernels.outer_products(dz, results, x, depth, int(pixels), sum, scratch)
+                             : kernels.outer_products(x, depth, dz, results, int(pixels), sum, scratch);
         }
     });
     const int rows = results_are_rows ? results : depth, columns = results_are_rows ? depth : results;

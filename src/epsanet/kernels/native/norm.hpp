@@ -17,6 +17,8 @@ struct BatchNorm {
     const float *x, *weight, *bias;
     double epsilon;
     bool relu;
+    const float *factors;  // of each channel of each image, or null: 1; not with a convolution
+    std::ptrdiff_t image_pixels;
 };
 
 // A dense 1×1 convolution whose result the norm takes; its weight is K × C, both multiples of 16.
@@ -25,8 +27,8 @@ struct Dense {
     const float *x, *weight;
 };
 
-// y = (x - mean) / sqrt(variance + epsilon) · weight + bias, + residual unless that is null, then ReLU if asked for. Mean
-// and variance of each channel (that of the batch, divided by the number of pixels) are written too. With a convolution,
+// y = (x · factor - mean) / sqrt(variance + epsilon) · weight + bias, + residual unless that is null, then ReLU if asked
+// for. Mean and variance of each channel (that of the batch, divided by the number of pixels) are written too. With a convolution,
 // its result is written to `result`, which is norm.x.
 void batch_norm(const BatchNorm &norm, const Dense *convolution, float *result, const float *residual, float *y, float *mean,
                 float *variance, int threads);
@@ -43,6 +45,7 @@ struct Gradients {
     float *convolution;  // null without one
     float *residual;     // null without one
     float *weight, *bias;
+    float *factors;  // null without them
 };
 
 // From dy, and y where there was a residual (else null). The gradient between norm and convolution is never in memory

@@ -36,7 +36,7 @@ void multiply_outer(const float *a, Offset a_pixel, const float *b, Offset b_pix
         }
 }
 
-void outer_products(const float *a, int rows, const float *b, int columns, int pixels, float *sums) {
+void outer_products(const float *a, int rows, const float *b, int columns, int pixels, float *sums, float *) {
     constexpr int pixels_at_once = 64;  // whose columns stay in a first-level cache for all rows
     for (int begin = 0; begin < pixels; begin += pixels_at_once, a += Offset(pixels_at_once) * rows, b += Offset(pixels_at_once) * columns) {
         const int count = least(pixels_at_once, pixels - begin);
@@ -65,6 +65,8 @@ void outer_products(const float *a, int rows, const float *b, int columns, int p
     }
 }
 
+std::size_t outer_scratch(int, int, int) { return 0; }
+
 // ------------------------------------------------------------------------------------------- batch norm in training
 
 // Calls run(first row, rows, first column, vectors as a type) for parts of a piece: few rows, which stay in a first-level
@@ -84,8 +86,12 @@ template <class Run> void each_part(const Rows &part, const Run &run) {
     }
 }
 
-// Sums of x - shift and of its square, for each place of a row; x goes to `copy` too unless that is null.
-void norm_sums(const Rows &part, const float *x, const float *shift, float *copy, float *sum, float *square) {
+// x · factor, which is 1 if it is null.
+Vector scaled(Vector x, const float *factor, Offset at) { return factor ? multiply_add(x, load(factor + at), zero()) : x; }
+float scaled(float x, const float *factor, int at) { return factor ? x * factor[at] : x; }
+
+// Sums of x · factor - shift and of its square, for each place of a row; x goes to `copy` too unless that is null.
+void norm_sums(const Rows &part, const float *x, const float *factor, const float *shift, float *copy, float *sum, float *square) {
     memset(sum, 0, sizeof(float) * part.row);
     memset(square, 0, sizeof(float) * part.row);
     each_part(part, [&](Offset first, int rows, int column, auto vectors) {
@@ -98,7 +104,7 @@ void norm_sums(const Rows &part, const float *x, const float *shift, float *copy
         }
         for (Offset at = first * part.row + column; rows > 0; --rows, at += part.row)
             for (int v = 0; v < count; ++v) {
-                const Vector value = load(x + at + v * lanes), difference = subtract(value, shifts[v]);
+                const Vector value = load(x + at + v * lanes), difference = subtract(scaled(value, factor, column + v * lanes), shifts[v]);
                 if (copy) put(copy + at + v * lanes, value, part.past_caches);
                 sums[v] = add(sums[v], difference);
                 squares[v] = multiply_add(difference, difference, squares[v]);
@@ -110,7 +116,7 @@ void norm_sums(const Rows &part, const float *x, const float *shift, float *copy
     });
     const Offset whole = part.rows * part.row;
     for (int c = 0; c < part.rest; ++c) {
-        const float difference = x[whole + c] - shift[c];
+        const float difference = scaled(x[whole + c], factor, c) - shift[c];
         if (copy) copy[whole + c] = x[whole + c];
         sum[c] += difference;
         square[c] += difference * difference;
@@ -118,25 +124,26 @@ void norm_sums(const Rows &part, const float *x, const float *shift, float *copy
     finish_streams();
 }
 
-// y = (x - mean) · scale + bias, + residual unless that is null, then ReLU if asked for.
+// y = (x · factor - mean) · scale + bias, + residual unless that is null, then ReLU if asked for.
 void norm_apply(const Rows &part, const Norm &norm, const float *x, const float *residual, float *y) {
     for (Offset r = 0; r < part.rows; ++r, x += part.row, y += part.row) {
         for (int c = 0; c < part.row; c += lanes) {
-            Vector value = multiply_add(subtract(load(x + c), load(norm.mean + c)), load(norm.scale + c), load(norm.bias + c));
+            const Vector difference = subtract(scaled(load(x + c), norm.factor, c), load(norm.mean + c));
+            Vector value = multiply_add(difference, load(norm.scale + c), load(norm.bias + c));
             if (residual) value = add(value, load(residual + c));
             put(y + c, norm.relu ? positive(value) : value, part.past_caches);
         }
         if (residual) residual += part.row;
     }
     for (int c = 0; c < part.rest; ++c) {
-        float value = (x[c] - norm.mean[c]) * norm.scale[c] + norm.bias[c];
+        float value = (scaled(x[c], norm.factor, c) - norm.mean[c]) * norm.scale[c] + norm.bias[c];
         if (residual) value += residual[c];
         y[c] = norm.relu && value < 0 ? 0 : value;
     }
     finish_streams();
 }
 
-// Sums of the gradient g before ReLU and of g · (x - mean), for each place of a row. ReLU's sign is that of y, or of
+// Sums of the gradient g before ReLU and of g · (x · factor - mean), for each place of a row. ReLU's sign is that of y, or of
 // what x becomes if y is null; g goes to `before_relu` unless that is null.
 void norm_gradient_sums(const Rows &part, const Norm &norm, const float *dy, const float *x, const float *y,
                         float *before_relu, float *sum, float *product) {
@@ -155,7 +162,7 @@ void norm_gradient_sums(const Rows &part, const Norm &norm, const float *dy, con
         for (Offset row = first * part.row + column; rows > 0; --rows, row += part.row)
             for (int v = 0; v < count; ++v) {
                 const Offset at = row + v * lanes;
-                const Vector difference = subtract(load(x + at), means[v]);
+                const Vector difference = subtract(scaled(load(x + at), norm.factor, column + v * lanes), means[v]);
                 Vector g = load(dy + at);
                 if (norm.relu) g = where_positive(g, y ? load(y + at) : multiply_add(difference, scales[v], biases[v]));
                 if (before_relu) put(before_relu + at, g, part.past_caches);
@@ -170,7 +177,7 @@ void norm_gradient_sums(const Rows &part, const Norm &norm, const float *dy, con
     const Offset whole = part.rows * part.row;
     for (int c = 0; c < part.rest; ++c) {
         const Offset at = whole + c;
-        const float difference = x[at] - norm.mean[c];
+        const float difference = scaled(x[at], norm.factor, c) - norm.mean[c];
         const float after = y ? y[at] : difference * norm.scale[c] + norm.bias[c];
         const float g = norm.relu && after <= 0 ? 0 : dy[at];
         if (before_relu) before_relu[at] = g;
@@ -180,21 +187,37 @@ void norm_gradient_sums(const Rows &part, const Norm &norm, const float *dy, con
     finish_streams();
 }
 
-// dx = g · scale + (x - mean) · slope + offset; dy is g already if `masked`.
+// d = g · scale + (x · factor - mean) · slope + offset and dx = d · factor, where dy is g already if `masked`. With a
+// factor, sums of d · x for each place of a row are its gradient.
 void norm_gradient(const Rows &part, const Norm &norm, const float *slope, const float *offset, const float *dy,
-                   const float *x, bool masked, float *dx) {
+                   const float *x, bool masked, float *dx, float *dfactor) {
     const bool relu = norm.relu && !masked;
-    for (Offset r = 0; r < part.rows; ++r, x += part.row, dy += part.row, dx += part.row)
-        for (int c = 0; c < part.row; c += lanes) {
-            const Vector difference = subtract(load(x + c), load(norm.mean + c)), scale = load(norm.scale + c);
-            Vector g = load(dy + c);
-            if (relu) g = where_positive(g, multiply_add(difference, scale, load(norm.bias + c)));
-            put(dx + c, multiply_add(g, scale, multiply_add(difference, load(slope + c), load(offset + c))), part.past_caches);
-        }
+    if (norm.factor) memset(dfactor, 0, sizeof(float) * part.row);
+    each_part(part, [&](Offset first, int rows, int column, auto vectors) {
+        constexpr int count = decltype(vectors)::value;
+        Vector products[count];
+        for (int v = 0; v < count; ++v) products[v] = norm.factor ? load(dfactor + column + v * lanes) : zero();
+        for (Offset row = first * part.row + column; rows > 0; --rows, row += part.row)
+            for (int v = 0; v < count; ++v) {
+                const Offset at = row + v * lanes;
+                const int c = column + v * lanes;
+                const Vector value = load(x + at), difference = subtract(scaled(value, norm.factor, c), load(norm.mean + c));
+                const Vector scale = load(norm.scale + c);
+                Vector g = load(dy + at);
+                if (relu) g = where_positive(g, multiply_add(difference, scale, load(norm.bias + c)));
+                const Vector d = multiply_add(g, scale, multiply_add(difference, load(slope + c), load(offset + c)));
+                if (norm.factor) products[v] = multiply_add(d, value, products[v]);
+                put(dx + at, scaled(d, norm.factor, c), part.past_caches);
+            }
+        for (int v = 0; norm.factor && v < count; ++v) store(dfactor + column + v * lanes, products[v]);
+    });
+    const Offset whole = part.rows * part.row;
     for (int c = 0; c < part.rest; ++c) {
-        const float difference = x[c] - norm.mean[c];
-        const float g = relu && difference * norm.scale[c] + norm.bias[c] <= 0 ? 0 : dy[c];
-        dx[c] = g * norm.scale[c] + (difference * slope[c] + offset[c]);
+        const float value = x[whole + c], difference = scaled(value, norm.factor, c) - norm.mean[c];
+        const float g = relu && difference * norm.scale[c] + norm.bias[c] <= 0 ? 0 : dy[whole + c];
+        const float d = g * norm.scale[c] + (difference * slope[c] + offset[c]);
+        if (norm.factor) dfactor[c] += d * value;
+        dx[whole + c] = scaled(d, norm.factor, c);
     }
     finish_streams();
 }

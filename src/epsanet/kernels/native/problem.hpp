@@ -85,10 +85,12 @@ struct Rows {
     bool past_caches;  // results are aligned, and too large to be found in a cache again
 };
 
-// What a batch norm does to x, each number repeated to fill a row: y = (x - mean) · scale + bias, then ReLU if asked for.
+// What a batch norm does to x, each number repeated to fill a row: y = (x · factor - mean) · scale + bias, then ReLU if
+// asked for. `factor` is that of the rows' image, or null: 1.
 struct Norm {
     const float *mean, *scale, *bias;
     bool relu;
+    const float *factor;
 };
 
 // The operations in one instruction set. `add` is added to every pixel of the result's gradient.
@@ -107,14 +109,16 @@ struct Kernels {
     int pixels_of_tile, tiles_of_panel;
     // y = y · scale + shift for every pixel of one image, then ReLU if asked for.
     void (*rescale)(float *y, int pixels, int channels, const float *scale, const float *shift, bool relu);
-    // sums[i][j] += the sum of a[pixel][i] · b[pixel][j]; rows and columns are multiples of 4 and 16.
-    void (*outer_products)(const float *a, int rows, const float *b, int columns, int pixels, float *sums);
-    void (*norm_sums)(const Rows &, const float *x, const float *shift, float *copy, float *sum, float *square);
+    // sums[i][j] += the sum of a[pixel][i] · b[pixel][j]; rows and columns are multiples of 16. `scratch` has
+    // `outer_scratch` floats.
+    void (*outer_products)(const float *a, int rows, const float *b, int columns, int pixels, float *sums, float *scratch);
+    std::size_t (*outer_scratch)(int rows, int columns, int pixels);
+    void (*norm_sums)(const Rows &, const float *x, const float *factor, const float *shift, float *copy, float *sum, float *square);
     void (*norm_apply)(const Rows &, const Norm &, const float *x, const float *residual, float *y);
     void (*norm_gradient_sums)(const Rows &, const Norm &, const float *dy, const float *x, const float *y,
                                float *before_relu, float *sum, float *product);
     void (*norm_gradient)(const Rows &, const Norm &, const float *slope, const float *offset, const float *dy,
-                          const float *x, bool masked, float *dx);
+                          const float *x, bool masked, float *dx, float *dfactor);
 };
 
 extern const Kernels kernels_portable;
@@ -122,7 +126,7 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 #ifdef EPSANET_AMX
-const Kernels &kernels_amx();  // those of AVX-512, but for the 1×1 convolutions
+const Kernels &kernels_amx();  // those of AVX-512, but for the 1×1 convolutions and their weight gradients
 #endif
 
 }  // namespace epsanet
