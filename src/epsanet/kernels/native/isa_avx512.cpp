@@ -1,6 +1,8 @@
 // The loops with 512-bit vectors. Compiled for AVX-512 F, DQ, VL and BW, called only where the processor has them.
 #include <immintrin.h>
 
+#include "problem.hpp"
+
 #define EPSANET_ISA avx512
 
 namespace epsanet::avx512 {
@@ -26,6 +28,20 @@ static inline Vector where_positive(Vector v, Vector y) {
 // Past the caches, to a multiple of 64 bytes; `finish_streams` before another thread looks there.
 static inline void stream(float *to, Vector v) { _mm512_stream_ps(to, v.value); }
 static inline void finish_streams() { _mm_sfence(); }
+
+// Sixteen of `count` neighbouring floats, a multiple of sixteen: those at `places`, counted from `first`.
+#define EPSANET_PICK
+constexpr int most_picked = 128;  // from which single copies are as fast
+static inline Vector pick(const float *from, int count, const std::int32_t *places, int first) {
+    const __m512i place = _mm512_sub_epi32(_mm512_loadu_si512(places), _mm512_set1_epi32(first)), pair = _mm512_srli_epi32(place, 5);
+    __m512 picked = _mm512_setzero_ps();
+    for (int begin = 0; begin < count; begin += 2 * lanes) {
+        const __m512 low = _mm512_loadu_ps(from + begin), high = begin + lanes < count ? _mm512_loadu_ps(from + begin + lanes) : low;
+        const __m512 both = _mm512_permutex2var_ps(low, place, high);  // which looks at the five lowest bits of a place
+        picked = _mm512_mask_mov_ps(picked, _mm512_cmpeq_epi32_mask(pair, _mm512_set1_epi32(begin / (2 * lanes))), both);
+    }
+    return {picked};
+}
 
 // The same `width` floats repeated over all lanes; a broadcast from memory costs no shuffle.
 template <int width> static inline Vector repeat(const float *from) {

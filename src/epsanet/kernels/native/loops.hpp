@@ -92,6 +92,23 @@ void copy_in_images(const float *from, Offset image_step, int images, const floa
         }
 }
 
+// to[i] = from[places[i]], + addend[places[i]] unless that is null; the places are those of `count` neighbours from `first`
+// on, in another order.
+inline void permute(const float *from, const float *addend, const int32_t *places, [[maybe_unused]] int first, int count, float *to) {
+#ifdef EPSANET_PICK
+    if (count % lanes == 0 && count <= most_picked) {
+        for (int c = 0; c < count; c += lanes) {
+            Vector picked = pick(from + first, count, places + c, first);
+            if (addend) picked = add(picked, pick(addend + first, count, places + c, first));
+            store(to + c, picked);
+        }
+        return;
+    }
+#endif
+    for (int c = 0; c < count; ++c) to[c] = from[places[c]];
+    for (int c = 0; addend && c < count; ++c) to[c] += addend[places[c]];
+}
+
 // Rows of an N H W C tensor into scratch, with `padding` empty columns on both sides.
 void copy_in(const Problem &problem, const float *tensor, int image, int height, int width, int channels,
              const int32_t *order, const Run *runs, int run_count, const float *add, const Grid &grid, float *scratch) {
@@ -124,10 +141,7 @@ void copy_in(const Problem &problem, const float *tensor, int image, int height,
             for (const Run *run = runs; run < runs + run_count; ++run) {
                 float *place = to + run->place;
                 if (order) {
-                    const int32_t *natural = order + run->offset;
-                    for (int c = 0; c < run->count; ++c) place[c] = from[natural[c]];
-                    if (add)
-                        for (int c = 0; c < run->count; ++c) place[c] += add[natural[c]];
+                    permute(from, add, order + run->offset, run->offset, run->count, place);
                 } else {
                     memcpy(place, from + run->offset, sizeof(float) * run->count);
                     if (add)
@@ -137,6 +151,8 @@ void copy_in(const Problem &problem, const float *tensor, int image, int height,
         }
     }
 }
+
+constexpr int most_inverted = 128;  // channels of a run; more are written one by one
 
 // Rows of scratch into an N H W C tensor, and optionally their sums over space.
 void copy_out(const Problem &problem, const Grid &grid, const float *scratch, const Run *runs, int run_count,
@@ -174,19 +190,26 @@ void copy_out(const Problem &problem, const Grid &grid, const float *scratch, co
         }
         return;
     }
-    for (int row = 0; row < grid.rows; ++row)
-        for (int column = 0; column < width; ++column, to += channels) {
-            const float *from = scratch + row * grid.row + column * grid.pixel;
-            for (const Run *run = runs; run < runs + run_count; ++run) {
-                const float *place = from + run->place;
-                if (order) {
-                    const int32_t *natural = order + run->offset;
-                    for (int c = 0; c < run->count; ++c) to[natural[c]] = place[c];
-                } else {
-                    memcpy(to + run->offset, place, sizeof(float) * run->count);
-                }
-            }
+    for (const Run *run = runs; run < runs + run_count; ++run) {
+        int32_t back[most_inverted];  // the place in scratch of each channel, if the run's channels are neighbours
+        bool inverted = order && run->count <= most_inverted;
+        for (int c = 0; inverted && c < run->count; ++c) {
+            const int channel = order[run->offset + c] - run->offset;
+            inverted = channel >= 0 && channel < run->count;
+            if (inverted) back[channel] = c;
         }
+        for (int row = 0; row < grid.rows; ++row)
+            for (int column = 0; column < width; ++column) {
+                const float *from = scratch + row * grid.row + column * grid.pixel + run->place;
+                float *at = to + (Offset(row) * width + column) * channels;
+                if (inverted)
+                    permute(from, nullptr, back, 0, run->count, at + run->offset);
+                else if (order)
+                    for (int c = 0; c < run->count; ++c) at[order[run->offset + c]] = from[c];
+                else
+                    memcpy(at + run->offset, from, sizeof(float) * run->count);
+            }
+    }
     if (!sums) return;
     for (const Run *run = runs; run < runs + run_count; ++run)
         for (int c = 0; c < run->count; c += lanes) {
@@ -377,12 +400,12 @@ int find_taps(const Problem &problem, const Branch &branch, Direction direction,
         } else {
             const int from = row + padding - ky;
             if (from < 0 || from % stride || from / stride >= problem.out_height) continue;
-            for (int kx = (phase + padding) % stride; kx < kernel; kx += stride) {
-                const int column = (phase + padding - kx) / stride + first_pixel;
+            const Offset from_row = (from / stride - source.first_row) * source.row;
+            // No division for each tap: on few channels it would take longer than what the tap is for.
+            int kx = (phase + padding) % stride, column = (phase + padding - kx) / stride + first_pixel;
+            for (; kx < kernel; kx += stride, --column) {
                 if (column + pixels <= 0 || column >= problem.out_width) continue;
-                taps[count++] = {(from / stride - source.first_row) * source.row +
-                                     (column + problem.padding) * source.pixel,
-                                 (ky * kernel + kx) * weights_tap};
+                taps[count++] = {from_row + (column + problem.padding) * source.pixel, (ky * kernel + kx) * weights_tap};
             }
         }
     }
