@@ -1,9 +1,9 @@
 """How fast the networks run on this machine's CPU, against others and other engines: tables, bars, a plot.
 
 Contenders take turns inside one run, so that a busy moment hits all; figures are medians with the quartiles' distance.
-``--quick`` measures what the bars need in a few minutes. Everything takes about three hours, most of it compiling;
-``--compile bars`` does that for the two networks of the bars only, ``--compile none`` for none. On a machine that
-others use too, ``--threads 1 --clock cpu`` counts this process's processor time instead of the clock on the wall.
+``--quick`` measures what the bars need in a few minutes. Everything takes about an hour and a half; ``--compile bars``
+compiles the two networks of the bars only, ``--compile none`` none. On a machine that others use too,
+``--threads 1 --clock cpu`` counts this process's processor time instead of the clock on the wall.
 
 Usage: python benchmarks/speed.py [--quick] [--compile all|bars|none] [--batches N ...] [--threads N]
                                   [--clock wall|cpu] [--rounds N] [--output FOLDER]
@@ -226,6 +226,7 @@ def engines(name: str, model: nn.Module, x: Tensor, compiled: bool) -> dict[str,
             found[f"{name} on {older}"] = on_instruction_set(optimized, x, older)
     if compiled:
         found[f"{name} torch.compile, frozen"] = frozen(model, x)
+    if compiled and name in BAR_NETWORKS:
         fast = epsanet.optimize(model, x, compile=True)
         found[f"{name} optimize, compiled"] = lambda: fast(x)
     if any(importlib.util.find_spec(module) is None for module in ("onnxruntime", "openvino", "onnxscript")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from epsanet import kernels
 # A failure must come back on the next run and on the next machine, and a busy machine must not make one.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile("reproducible")
+
+# A shell that starts a command in the background has it ignore Ctrl-C, which tests send to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files that share a costly fixture go to one process. Those that take longest go first, so that at the end there is
