@@ -1,7 +1,7 @@
 """How fast the networks run on this machine's CPU, against others and other engines: tables, bars, a plot.
 
 Contenders take turns inside one run, so that a busy moment hits all; figures are medians with the quartiles' distance.
-``--quick`` measures what the bars need in a few minutes. Everything takes about an hour and a half; ``--compile bars``
+``--quick`` measures what the bars need in a few minutes. Everything takes about two hours; ``--compile bars``
 compiles the two networks of the bars only, ``--compile none`` none. On a machine that others use too,
 ``--threads 1 --clock cpu`` counts this process's processor time instead of the clock on the wall.
 
@@ -285,7 +285,8 @@ def training_step(name: str, x: Tensor, channels_last: bool, chosen: kernels.Cho
     return run
 
 
-def training(clock: Clock) -> None:
+def training(clock: Clock, others: tuple[str, ...]) -> None:
+    """The two networks of the bars in one race; each other one in a race of its own, with ours in it."""
     x = torch.randn(16, 3, 224, 224)
     times = clock.race(
         {
@@ -300,6 +301,14 @@ def training(clock: Clock) -> None:
     bar("training step, batch 16: plain NCHW / ours", times["epsanet50_small NCHW"][0] / ours, 2.2, at_least=True)
     rival = times["resnet50 channels-last"][0]
     bar("training step: ours / ResNet-50 channels-last", ours / rival, 1.35, at_least=False)
+    for name in others:
+        contenders = {
+            "epsanet50_small ours": training_step("epsanet50_small", x, True, "native", 1000),
+            f"{name} channels-last": training_step(name, x, True, "reference", 1000),
+        }
+        if name in NETWORKS:
+            contenders[f"{name} ours"] = training_step(name, x, True, "native", 1000)
+        table("Training step, batch 16, 224×224", clock.race(contenders))
 
 
 def small_training(clock: Clock) -> None:
@@ -422,12 +431,12 @@ def main() -> None:
     if arguments.quick:
         for batch in (1, 16):
             inference(clock, batch, (), compiled="none")
-        training(clock)
+        training(clock, ())
         return
     others = tuple(name for name in (*NETWORKS, *RIVALS) if name not in BAR_NETWORKS)
     for batch in arguments.batches:
         inference(clock, batch, others, arguments.compile)
-    training(clock)
+    training(clock, others)
     growth(clock, peak, arguments.output)
     memory()
     print(f"\nlargest memory of this run: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
