@@ -31,7 +31,7 @@ static inline void finish_streams() { _mm_sfence(); }
 
 // Sixteen of `count` neighbouring floats, a multiple of sixteen: those at `places`, counted from `first`.
 #define EPSANET_PICK
-constexpr int most_picked = 128;  // from which single copies are as fast
+constexpr int most_picked = 128;  // of more, sixteen single copies take no more steps
 static inline Vector pick(const float *from, int count, const std::int32_t *places, int first) {
     const __m512i place = _mm512_sub_epi32(_mm512_loadu_si512(places), _mm512_set1_epi32(first)), pair = _mm512_srli_epi32(place, 5);
     __m512 picked = _mm512_setzero_ps();

@@ -112,15 +112,15 @@ void normalise(const BatchNorm &norm, float *result, const float *residual, floa
     for (int piece = 0; piece < pieces.count; ++piece) {
         const float *sum = sums.data() + std::size_t(piece) * 2 * row, *first = norm.x + pieces.begin(piece);
         const float *factor = norm.factors ? norm.factors + std::ptrdiff_t(pieces.image(piece)) * channels : nullptr;
-        const double pixels = double(pieces.pixels(piece)), share = pixels / (seen + pixels);
+        const double pixels = double(pieces.pixels(piece)), weight = pixels / (seen + pixels);
         for (int c = 0; c < channels; ++c) {
             double difference = 0, square = 0;
             for (int place = c; place < row; place += channels) difference += sum[place], square += sum[row + place];
             const float shift = factor ? first[c] * factor[c] : first[c];
             difference /= pixels;
             const double step = shift + difference - means[c];
-            means[c] += step * share;
-            squares[c] += square - difference * difference * pixels + step * step * seen * share;
+            means[c] += step * weight;
+            squares[c] += square - difference * difference * pixels + step * step * seen * weight;
         }
         seen += pieces.pixels(piece);
     }
@@ -282,7 +282,7 @@ void batch_norm_gradient(const BatchNorm &norm, const Dense *convolution, const 
     const int depth = convolution->in_channels, results = norm.channels;
     const std::vector<float> packed = pack_dense(convolution->weight, results, depth, true), no_bias(depth);
     const std::size_t piece_pixels = pieces.pixels(0);
-    const std::size_t scratch = std::max(kernels.pointwise_scratch(std::min(results, panel_depth)), kernels.outer_scratch(depth, results, int(piece_pixels)));
+    const std::size_t scratch_size = std::max(kernels.pointwise_scratch(std::min(results, panel_depth)), kernels.outer_scratch(depth, results, int(piece_pixels)));
     // The pieces of a group are added up one after another: the order does not depend on threads.
     const int groups = int(std::clamp<std::ptrdiff_t>(norm.pixels / 256, 1, std::min(pieces.count, 16)));
     const std::size_t size = std::size_t(depth) * results;
@@ -290,7 +290,7 @@ void batch_norm_gradient(const BatchNorm &norm, const Dense *convolution, const 
     std::vector<float> sums(size * groups);
     std::vector<Memory> memory(threads);
     share(groups, threads, [&](int group, int thread) {
-        if (!memory[thread]) memory[thread] = aligned(piece_pixels * (results + depth) + scratch);
+        if (!memory[thread]) memory[thread] = aligned(piece_pixels * (results + depth) + scratch_size);
         float *const dz = memory[thread].get(), *const near = dz + piece_pixels * results, *const sum = sums.data() + group * size;
         for (int piece = pieces.count * group / groups; piece < pieces.count * (group + 1) / groups; ++piece) {
             const std::ptrdiff_t first = pieces.begin(piece) / results, pixels = pieces.pixels(piece);

@@ -28,8 +28,8 @@ struct Dense {
 };
 
 // y = (x · factor - mean) / sqrt(variance + epsilon) · weight + bias, + residual unless that is null, then ReLU if asked
-// for. Mean and variance of each channel (that of the batch, divided by the number of pixels) are written too. With a convolution,
-// its result is written to `result`, which is norm.x.
+// for. Mean and variance of each channel (that of the batch, divided by the number of pixels) are written too. With a
+// convolution, its result is written to `result`, which is norm.x.
 void batch_norm(const BatchNorm &norm, const Dense *convolution, float *result, const float *residual, float *y, float *mean,
                 float *variance, int threads);
 
