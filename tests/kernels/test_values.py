@@ -154,6 +154,14 @@ def test_batches_of_1_to_33_agree_on_any_number_of_threads(threads_used: int) ->
         check_against_float64(Layer(64, 64, (3, 5, 7, 9), (1, 4, 8, 16), 2, False), batch, 10, 9)
 
 
+@pytest.mark.usefixtures("branch_instruction_set", "threads")
+def test_one_image_whose_result_channels_are_shared_by_four_threads_agrees() -> None:
+    """A thread's sixteen channels are not neighbours in the natural order."""
+    torch.manual_seed(0)
+    torch.set_num_threads(4)
+    check_against_float64(Layer(512, 512, (3, 5, 7, 9), (1, 4, 8, 16), 1, False), 1, 7, 7)
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
     branches = draw(st.integers(1, 4))
